@@ -1,0 +1,31 @@
+"""jaxtune adapts pretrained language models with JAX.
+
+`load` opens a model, `train` runs a config, `plan` says what it will need; see `docs/python.md`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["load", "plan", "train"]
+
+if TYPE_CHECKING:
+    from jaxtune.recipes.language_model import load
+    from jaxtune.recipes.plan import plan
+    from jaxtune.recipes.train import train
+
+_HOMES = {
+    "load": "jaxtune.recipes.language_model",
+    "plan": "jaxtune.recipes.plan",
+    "train": "jaxtune.recipes.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The command line must show its help without importing jax.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxtune' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,48 @@
+"""`jaxtune export`: writes weights or adapter for other tools."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from jaxtune.cli import arguments, source
+from jaxtune.core.errors import RequestError
+
+FORMATS = ("hf", "peft", "jaxtune", "gguf")
+DTYPES = ("float32", "bfloat16", "float16", "q8_0")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the verb and returns its exit code."""
+    parser = arguments.Parser(
+        "export",
+        "Writes merged or full weights (hf, gguf), or the adapter alone (peft, jaxtune), and "
+        "reads them back.",
+        """jaxtune export --model=runs/first --format=peft --out=adapter
+           jaxtune export --workdir=runs/first --format=gguf --dtype=q8_0""",
+    )
+    arguments.add_source(parser)
+    parser.add_argument("--format", choices=FORMATS, help="what is written")
+    parser.add_argument("--dtype", choices=DTYPES, help="of hf's and gguf's weights")
+    parser.add_argument("--out", metavar="DIR", help="where (WORKDIR/export/FORMAT)")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    split = arguments.split(argv)
+    args = parser.parse(split.rest)
+    if args.format is None:
+        raise RequestError(f"is missing: one of {', '.join(FORMATS)}", key="--format")
+    found = source.find(split, args)
+    if args.out is None and args.model is not None:
+        raise RequestError("is missing: where the export goes", key="--out")
+    out = args.out or str(found.path / "export" / args.format)
+
+    from jaxtune.recipes import export
+
+    extra = {} if found.adapter is None else {"adapter": found.adapter}
+    extra |= {} if args.dtype is None else {"dtype": args.dtype}
+    report = export.export(str(found.path), args.format, out, **extra)
+    if args.json:
+        print(json.dumps(report))
+    else:
+        for name, value in report.items():
+            print(f"{name}: {value}")
+    return 0

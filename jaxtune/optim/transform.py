@@ -1,0 +1,147 @@
+"""An Optax transformation from a specification and the trained parameters' paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from jaxtune.core.errors import RequestError
+from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.optim.schedules import Schedule
+from jaxtune.peft.method import FROZEN, TRAINED
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimSpec:
+    """What to build; see `docs/config.md` for the meaning of each key.
+
+    Attributes:
+        name: "adamw", "adafactor", "lion", "sgd" or "muon".
+        clip_norm: bound of the global norm of the trained gradients, or None.
+        groups: (path regex, lr_scale, weight_decay or None) triples; the first match counts.
+    """
+
+    name: str = "adamw"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    groups: tuple[tuple[str, float, float | None], ...] = ()
+
+
+def core(spec: OptimSpec) -> optax.GradientTransformation:
+    """Returns the optimizer's own rule, before decay and learning rate."""
+    if spec.name == "adamw":
+        return optax.scale_by_adam(spec.b1, spec.b2, spec.eps)
+    if spec.name == "lion":
+        return optax.scale_by_lion(spec.b1, spec.b2)
+    if spec.name == "sgd":
+        return optax.trace(spec.momentum) if spec.momentum else optax.identity()
+    if spec.name == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.scale_by_param_block_rms(),
+        )
+    return muon(spec)
+
+
+def muon(spec: OptimSpec) -> optax.GradientTransformation:
+    """Muon for the kernels of the blocks, Adam for the rest (Jordan et al. 2024).
+
+    Updates are scaled to Adam's size, 0.2 √max(in, out) (Liu et al. 2025, arXiv:2502.16982), so
+    that one learning rate serves both.
+    """
+    matrix = re.compile(r"blocks/.*(kernel|lora/[ab])")
+    dimensions = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def labels(params: Tree) -> Tree:
+        def label(path: tuple, _: jax.Array) -> str:
+            name = "/".join(str(key.key) for key in path)
+            return "muon" if matrix.fullmatch(name) else "adam"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def rescale(updates: Tree, _: Tree | None) -> Tree:
+        return jax.tree.map(lambda u: u * 0.2 * max(u.shape[-2:]) ** 0.5, updates)
+
+    def numbers(tree: Tree) -> Tree:
+        return jax.tree.map(lambda _: dimensions, tree)
+
+    return optax.partition(
+        {
+            "muon": optax.chain(
+                optax.contrib.scale_by_muon(
+                    beta=spec.momentum, eps=spec.eps, weight_dimension_numbers=numbers
+                ),
+                optax.stateless(rescale),
+            ),
+            "adam": optax.scale_by_adam(spec.b1, spec.b2, spec.eps),
+        },
+        labels,
+    )
+
+
+def make_transform(
+    spec: OptimSpec,
+    labels: Tree,
+    params: Tree,
+    schedule: Schedule,
+    scales: Sequence[tuple[str, float]] = (),
+) -> optax.GradientTransformation:
+    """Returns clip → rule → decay → learning rate, with a group for each rate and decay.
+
+    Args:
+        spec: the specification.
+        labels: the label tree of the whole model; what is not trained gets `set_to_zero`.
+        params: the parameters that the updates are for; None where a leaf is elsewhere.
+        schedule: step → learning rate.
+        scales: (path regex, factor) pairs of the method, such as LoRA+'s; they multiply the
+            groups' own.
+
+    Raises:
+        RequestError: a group's regex matches no trained parameter.
+    """
+    shapes, kinds = flatten(params), flatten(labels)
+    paths = [path for path, leaf in shapes.items() if leaf is not None and kinds[path] == TRAINED]
+    for regex, *_ in spec.groups:
+        if not any(re.fullmatch(regex, path) for path in paths):
+            raise RequestError(
+                f"regex {regex!r} matches no trained parameter; one is {paths[0]!r}",
+                key="optim.groups",
+            )
+
+    def settings(path: str) -> tuple[float, float]:
+        scale, decay = 1.0, spec.weight_decay
+        for regex, group_scale, group_decay in spec.groups:
+            if re.fullmatch(regex, path):
+                scale = group_scale
+                decay = decay if group_decay is None else group_decay
+                break
+        for regex, factor in scales:
+            if re.fullmatch(regex, path):
+                scale *= factor
+        return scale, decay
+
+    def group(path: str) -> str:
+        if kinds[path] != TRAINED:
+            return FROZEN
+        return "lr×{:g} decay {:g}".format(*settings(path))
+
+    chains = {FROZEN: optax.set_to_zero()}
+    for path in paths:
+        scale, decay = settings(path)
+        chains[group(path)] = optax.chain(
+            core(spec),
+            optax.add_decayed_weights(decay) if decay else optax.identity(),
+            optax.scale_by_learning_rate(lambda step, s=scale: s * schedule(step)),
+        )
+    clip = optax.identity() if spec.clip_norm is None else optax.clip_by_global_norm(spec.clip_norm)
+    names = unflatten({p: None if leaf is None else group(p) for p, leaf in shapes.items()})
+    return optax.chain(clip, optax.partition(chains, names))

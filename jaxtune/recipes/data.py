@@ -1,0 +1,112 @@
+"""Config → tokenised data."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxtune.core.errors import RequestError
+from jaxtune.data.shares import SharedStore, tokenize_shared
+from jaxtune.data.sources import open_source
+from jaxtune.data.store import TokenStore
+from jaxtune.data.stream import Budget, Stream
+from jaxtune.data.tokenizer import Tokenizer
+
+DURATIONS = ("total_steps", "total_epochs", "total_examples", "total_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The data of a run.
+
+    Attributes:
+        stream: rows for training.
+        budget: how many steps.
+        warmup_steps: learning-rate warm-up in steps.
+        evals: {name: tokenised held-out source}.
+    """
+
+    stream: Stream
+    budget: Budget
+    warmup_steps: int
+    evals: dict[str, TokenStore | SharedStore]
+
+
+def open_store(
+    entry: Any,
+    data: Any,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    num_virtual: int,
+    key: str,
+) -> TokenStore | SharedStore:
+    """Returns the tokenised source of one entry of `data.train` or `data.eval`.
+
+    Raises:
+        RequestError: with the key, and FILE:LINE of the record at fault.
+    """
+    if tokenizer is None and entry.format != "tokens":
+        raise RequestError(
+            f"format {entry.format!r} needs a tokenizer; set model.tokenizer", key=f"{key}.format"
+        )
+    count = jax.process_count()
+    return tokenize_shared(
+        open_source(entry.source, key=f"{key}.source", lazily=count > 1),
+        entry.format,
+        tokenizer,
+        count=count,
+        index=jax.process_index(),
+        seq_len=data.seq_len,
+        overlong=data.overlong,
+        num_virtual=num_virtual,
+        vocab_size=vocab_size,
+        key=key,
+    )
+
+
+def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_virtual: int) -> Data:
+    """Returns the Data of a resolved config.
+
+    Raises:
+        RequestError: see `open_store`; also a source in which nothing is left to train on.
+    """
+    data = config.data
+    stores = [
+        open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.train[{i}]")
+        for i, entry in enumerate(data.train)
+    ]
+    evals = {
+        entry.name: open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.eval[{i}]")
+        for i, entry in enumerate(data.eval)
+    }
+    for i, store in enumerate(stores):
+        if len(store) == 0:
+            raise RequestError("no example is left", key=f"data.train[{i}]")
+    stream = Stream(
+        stores,
+        [entry.weight for entry in data.train],
+        seq_len=data.seq_len,
+        packing=data.packing,
+        shuffle=data.shuffle,
+        seed=config.seed,
+        num_virtual=num_virtual,
+    )
+    duration = {name: config[name] for name in DURATIONS if name in config}
+    budget = stream.budget(batch_size=config.batch_size, **duration)
+    return Data(stream, budget, warmup_steps(config, stream, budget), evals)
+
+
+def warmup_steps(config: Any, stream: Stream, budget: Budget) -> int:
+    """Returns the warm-up in steps, whatever its unit in the config."""
+    given = {name: value for name, value in config.optim.items() if name.startswith("warmup_")}
+    if not given:
+        return 0
+    ((name, value),) = given.items()
+    unit = name.removeprefix("warmup_")
+    if unit == "ratio":
+        return round(value * budget.steps)
+    if unit == "steps" or value == 0:
+        return int(value)
+    return stream.steps(batch_size=config.batch_size, **{f"total_{unit}": value})

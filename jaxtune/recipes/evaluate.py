@@ -1,0 +1,157 @@
+"""`jaxtune eval`: loss and perplexity of a model or a run on data, and tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtune.core.errors import RequestError
+from jaxtune.core.places import place
+from jaxtune.core.tree import partition
+from jaxtune.data.batches import eval_batches
+from jaxtune.data.shares import SharedStore, tokenize_shared
+from jaxtune.data.sources import open_source
+from jaxtune.data.store import TokenStore
+from jaxtune.evaluate.loss import Sums, loss_sums
+from jaxtune.parallel.batches import held_rows
+from jaxtune.parallel.mesh import batch_shards, make_mesh
+from jaxtune.recipes import harness
+from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.sft import sft_loss
+from jaxtune.training.workdir import read_json
+
+
+def evaluate(
+    *,
+    config: Mapping[str, Any] | None = None,
+    workdir: str | Path | None = None,
+    model: str | Path | None = None,
+    adapter: str | Path | None = None,
+    data: str | None = None,
+    format: str | None = None,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    dtype: str | None = None,
+    limit: int | None = None,
+    tasks: Sequence[str] | None = None,
+    include_path: str | None = None,
+) -> dict[str, Any]:
+    """Returns {"loss", "perplexity", "tokens", "examples", "accuracy", "tasks"}.
+
+    With `tasks` and without `data`, only "tasks" is there: {name: {metric: value}}.
+
+    Args:
+        config: of the run in `workdir`; by default the one that the workdir holds.
+        workdir: a run, evaluated on its own `data.eval` unless `data` is given.
+        model: Hugging Face directory or workdir, with `adapter` a PEFT directory or None.
+        data, format: a source and what its records hold.
+        seq_len: tokens a row; by default the run's, or what the longest example needs.
+        batch_size: rows at a time, 8 by default, and for tasks what suits the device; does not
+            change the result.
+        dtype: "bfloat16" or "float32"; by default the run's, or bfloat16.
+        limit: the first so many examples of each source and task.
+        tasks, include_path: tasks of lm-evaluation-harness, and a directory with more of them.
+
+    Raises:
+        RequestError: no model, no data, no such task, or what cannot be read.
+    """
+    # A wrong name is known before a model is loaded.
+    asked = None if tasks is None else harness.find_tasks(tasks, include_path)
+    where = workdir if model is None else model
+    if where is None:
+        raise RequestError("needs the --workdir of a run, or --model", key="--config")
+    run = run_config(place(where), config)
+    if dtype is None:
+        dtype = "bfloat16" if run is None else run.model.dtype
+    mesh = None
+    if jax.process_count() > 1:
+        if asked is not None:
+            raise RequestError("run in one process; give --distributed=none", key="--tasks")
+        mesh = make_mesh({"fsdp": -1})
+    lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
+    measured = {}
+    if asked is not None:
+        measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
+        if data is None:
+            return {"tasks": measured}
+    if data is not None:
+        stores = {data: open_one(lm, data, format, seq_len, "--data")}
+    elif run is not None and run.data.eval:
+        stores = {
+            entry.name: open_one(
+                lm, entry.source, entry.format, run.data.seq_len, "data.eval", run.data.overlong
+            )
+            for entry in run.data.eval
+        }
+    else:
+        raise RequestError("the run has no data.eval; give --data and --format", key="--data")
+    if limit is not None:
+        stores = {name: store.head(limit) for name, store in stores.items()}
+    results = {name: measure(lm, store, batch_size or 8) for name, store in stores.items()}
+    total = functools.reduce(Sums.__add__, results.values())
+    report = {
+        **total.means(),
+        "examples": sum(len(store) for store in stores.values()),
+        "tasks": measured,
+    }
+    if len(results) > 1:
+        report["sources"] = {name: result.means() for name, result in results.items()}
+    return report
+
+
+def run_config(where: Path, config: Mapping[str, Any] | None) -> Any:
+    """Returns the resolved config of a workdir, or None for a Hugging Face directory."""
+    if config is not None:
+        return resolve(config)
+    path = where / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    return resolve(raw) if "objective" in raw else None
+
+
+def open_one(
+    lm: LanguageModel,
+    source: str,
+    format: str,
+    seq_len: int | None,
+    key: str,
+    overlong: str = "error",
+) -> TokenStore | SharedStore:
+    """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
+    if lm.tokenizer is None and format != "tokens":
+        raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
+    longest = lm.config.max_context - lm.method.position_offset
+    count = jax.process_count()
+    return tokenize_shared(
+        open_source(source, key=key, lazily=count > 1),
+        format,
+        lm.tokenizer,
+        count=count,
+        index=jax.process_index(),
+        seq_len=longest if seq_len is None else seq_len,
+        overlong=overlong,
+        num_virtual=lm.method.num_virtual,
+        vocab_size=lm.config.vocab_size,
+        key=key,
+    )
+
+
+def measure(lm: LanguageModel, store: TokenStore | SharedStore, batch_size: int) -> Sums:
+    """Returns the sums over one source; rows are as long as its longest example."""
+    if len(store) == 0:
+        raise RequestError("no example is left to evaluate")
+    shards = batch_shards(lm.mesh)
+    size = -(-batch_size // shards) * shards
+    width = -(-(int(store.lengths.max()) + lm.method.num_virtual) // 32) * 32
+    nothing, held = partition(lm.params, lm.params, lambda _: False)
+    loss = sft_loss(lm.config, lm.method, shards)
+    step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))
+    rows = held_rows(size, width, lm.mesh)
+    chosen = slice(None) if rows is None else rows.held
+    batches = eval_batches(store, size, width, lm.method.num_virtual, chosen)
+    with jax.set_mesh(lm.mesh):
+        return loss_sums(step, nothing, held, batches, lm.mesh, rows)

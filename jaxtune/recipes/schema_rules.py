@@ -1,0 +1,235 @@
+"""Checks between keys, and the defaults that follow from other keys."""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.core.errors import RequestError
+from jaxtune.recipes.schema_keys import DURATION_UNITS
+
+Values = dict[str, Any]
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+_CHAT_FORMATS = ("chat", "instruction")
+_TRAINS_ALL = ("text", "tokens")
+
+
+def apply(values: Values, given: Mapping[str, Any]) -> Values:
+    """Returns the values with dependent defaults filled in.
+
+    Args:
+        values: {dotted key: checked value} of every key that applies.
+        given: the keys that the user gave.
+
+    Raises:
+        RequestError: for a contradiction, with the key that is easiest to change.
+    """
+    values = dict(values)
+    _model(values)
+    _peft(values)
+    _data(values)
+    _length(values)
+    _optim(values)
+    _mesh(values, given)
+    _evaluation(values, given)
+    return values
+
+
+def _model(values: Values) -> None:
+    path, preset = values["model.path"], values["model.preset"]
+    if path is None and preset is None:
+        raise RequestError(
+            "missing: give model.path (a Hugging Face directory or a run's workdir), or "
+            "model.preset for random weights",
+            key="model.path",
+        )
+    if path is not None and preset is not None:
+        raise RequestError(
+            f"contradicts model.path = {path!r}: a model is loaded or made from a preset, not both",
+            key="model.preset",
+        )
+
+    quantize, train = values["model.quantize"], values["peft.train"]
+    if quantize != "none" and values["peft.method"] == "full" and not train:
+        raise RequestError(
+            f"{quantize!r} contradicts peft.method = 'full': quantised weights are not trained; "
+            "use a method that keeps them frozen, such as 'lora', or 'none'",
+            key="model.quantize",
+        )
+    if quantize != "none" and values.get("peft.variant") == "pissa":
+        raise RequestError(
+            f"'pissa' contradicts model.quantize = {quantize!r}: it starts from whole weights; use "
+            "'lora', 'rslora' or 'dora'",
+            key="peft.variant",
+        )
+
+
+def _peft(values: Values) -> None:
+    start = values.get("peft.init_from")
+    for key in ("peft.init", "peft.init_text"):
+        if start is not None and key in values:
+            raise RequestError(
+                f"contradicts peft.init_from = {start!r}, the prompt's start", key=key
+            )
+
+
+def _data(values: Values) -> None:
+    train, held_out = values["data.train"], values["data.eval"]
+    if not train:
+        raise RequestError("is empty: give at least one {source, format}", key="data.train")
+    for section, entries in (("train", train), ("eval", held_out)):
+        for i, entry in enumerate(entries):
+            if entry["source"].startswith("text:") and entry["format"] != "text":
+                raise RequestError(
+                    f"{entry['format']!r} cannot be read from {entry['source']!r}: a text: source "
+                    "is one document, of format 'text'",
+                    key=f"data.{section}[{i}].format",
+                )
+    if values["objective.name"] == "pretrain":
+        for i, entry in enumerate(train):
+            if entry["format"] not in _TRAINS_ALL:
+                raise RequestError(
+                    f"{entry['format']!r} contradicts objective.name = 'pretrain', which trains on "
+                    "every token: use format 'text' or 'tokens', or objective.name = 'sft'",
+                    key=f"data.train[{i}].format",
+                )
+    formats = {entry["format"] for entry in (*train, *held_out)}
+    if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
+        raise RequestError(
+            f"is used only by the formats 'chat' and 'instruction'; here are {sorted(formats)}",
+            key="data.template",
+        )
+    if values["model.path"] is None and values["model.tokenizer"] is None and formats - {"tokens"}:
+        raise RequestError(
+            f"missing: model.preset = {values['model.preset']!r} brings no tokenizer, and format "
+            f"{min(formats - {'tokens'})!r} needs one",
+            key="model.tokenizer",
+        )
+    virtual = values.get("peft.num_tokens", 0)
+    if values["peft.method"] == "prompt" and virtual >= values["data.seq_len"]:
+        raise RequestError(
+            f"{virtual} virtual tokens leave no room in data.seq_len = {values['data.seq_len']}",
+            key="peft.num_tokens",
+        )
+    values["data.eval"] = _named(held_out)
+
+
+def _named(entries: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    """Names each evaluation source: the given name, the file's stem, or stem-index."""
+    stems = [entry["name"] or _stem(entry["source"]) for entry in entries]
+    counts = collections.Counter(stems)
+    named, seen = [], set()
+    for i, (entry, stem) in enumerate(zip(entries, stems, strict=True)):
+        name = stem if entry["name"] or counts[stem] == 1 else f"{stem}-{i}"
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise RequestError(
+                f"expected letters, digits, '_', '-' and '.'; got {name!r}",
+                key=f"data.eval[{i}].name",
+            )
+        if name in seen:
+            raise RequestError(f"{name!r} is taken", key=f"data.eval[{i}].name")
+        seen.add(name)
+        named.append({**entry, "name": name})
+    return tuple(named)
+
+
+def _stem(source: str) -> str:
+    kind, _, rest = source.partition(":")
+    if kind == "tfds":
+        name, *_, split = rest.split(":")
+        text = f"{pathlib.PurePath(name).name}-{split}"
+    else:
+        text = pathlib.PurePath(rest).name.partition(".")[0]
+    return re.sub(r"[^\w.-]+", "-", text) or "eval"
+
+
+def _length(values: Values) -> None:
+    totals = [f"total_{unit}" for unit in DURATION_UNITS if f"total_{unit}" in values]
+    if not totals:
+        raise RequestError(
+            "missing: give one of total_steps, total_epochs, total_examples, total_tokens",
+            key="total_steps",
+        )
+    if len(totals) > 1:
+        raise RequestError(f"contradicts {totals[0]}: give one of them", key=totals[1])
+    batch, parts = values["batch_size"], values["grad_accum"]
+    if batch * values["data.seq_len"] >= 2**31:
+        raise RequestError(
+            f"{batch} sequences of data.seq_len = {values['data.seq_len']} are more tokens than a "
+            "step can count, 2147483647",
+            key="batch_size",
+        )
+    if batch % parts:
+        raise RequestError(f"{parts} does not divide batch_size = {batch}", key="grad_accum")
+
+
+def _optim(values: Values) -> None:
+    warmups = [key for key in values if key.startswith("optim.warmup_")]
+    if len(warmups) > 1:
+        raise RequestError(f"contradicts {warmups[0]}: give one of them", key=warmups[1])
+    for key in warmups:
+        total = f"total_{key.removeprefix('optim.warmup_')}"
+        if total in values and values[key] > values[total]:
+            raise RequestError(
+                f"{values[key]} is longer than the run ({total} = {values[total]})", key=key
+            )
+    warmup, decay = values.get("optim.warmup_ratio", 0), values.get("optim.decay_ratio", 0)
+    if warmup + decay > 1:
+        raise RequestError(
+            f"{warmup:g} leaves no room for optim.decay_ratio = {decay:g}: together they are "
+            "shares of the run",
+            key="optim.warmup_ratio",
+        )
+
+
+def _mesh(values: Values, given: Mapping[str, Any]) -> None:
+    if values["mesh.slices"] == 0:
+        raise RequestError(
+            "expected a number of slices ≥ 1, or -1 for what the devices say; got 0",
+            key="mesh.slices",
+        )
+    for axis in AXES:
+        if values[f"mesh.{axis}"] == 0:
+            raise RequestError(
+                "expected a number of devices ≥ 1, or -1 for what is left; got 0",
+                key=f"mesh.{axis}",
+            )
+    rest = [f"mesh.{axis}" for axis in AXES if values[f"mesh.{axis}"] == -1]
+    if len(rest) > 1 and "mesh.fsdp" not in given:
+        values["mesh.fsdp"] = (
+            1  # -1 is only its default: the user gave what is left to another axis
+        )
+        rest.remove("mesh.fsdp")
+    if len(rest) > 1:
+        raise RequestError(
+            f"-1 is given to {rest[0]} too: only one axis takes what is left", key=rest[1]
+        )
+
+
+def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
+    best = values["checkpoint.keep_best"]
+    if not values["data.eval"]:
+        for key in ("eval.every_steps", "eval.batch_size", "checkpoint.keep_best"):
+            if given.get(key) is not None:
+                raise RequestError("needs evaluation data, and data.eval is empty", key=key)
+    elif best is not None:
+        if not best.startswith("eval/"):
+            raise RequestError(
+                f"expected a metric such as 'eval/loss'; got {best!r}", key="checkpoint.keep_best"
+            )
+        for key in ("eval.every_steps", "checkpoint.every_steps"):
+            if values[key] is None:
+                raise RequestError(f"needs {key}", key="checkpoint.keep_best")
+        save, evaluate = values["checkpoint.every_steps"], values["eval.every_steps"]
+        if save % evaluate:
+            raise RequestError(
+                f"needs an evaluation at each checkpoint: checkpoint.every_steps = {save} is no "
+                f"multiple of eval.every_steps = {evaluate}",
+                key="checkpoint.keep_best",
+            )
+    if values["data.eval"] and values["eval.batch_size"] is None:
+        values["eval.batch_size"] = values["batch_size"]

@@ -1,0 +1,378 @@
+"""`jaxtune train`: starts a run in a workdir, or continues it exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxtune.checkpoints.runs import DamagedCheckpoint, RunCheckpoints
+from jaxtune.core.errors import RequestError
+from jaxtune.core.places import place
+from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.parallel import processes
+from jaxtune.parallel.batches import held_rows
+from jaxtune.parallel.processes import is_writer
+from jaxtune.peft.registry import spec_of
+from jaxtune.recipes import workdir as files
+from jaxtune.recipes.assemble import load_parts
+from jaxtune.recipes.budget import seconds_of
+from jaxtune.recipes.build import Plan, build
+from jaxtune.recipes.schema import resolve
+from jaxtune.training import stop, writers
+from jaxtune.training.compile import fresh_state
+from jaxtune.training.loop import Hooks, Outcome, Totals, run_loop
+from jaxtune.training.progress import ProgressDisplay
+from jaxtune.training.state import TrainState
+from jaxtune.training.workdir import MetricsFile, metrics_file, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A run as it stands.
+
+    Attributes:
+        summary: what `summary.json` holds.
+        history: the rows of `metrics.jsonl`.
+    """
+
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: str | Path,
+    *,
+    allow_change: bool = False,
+    budget: str | None = None,
+    price: str | float | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Runs a config in a workdir; if the workdir holds a part of the run, continues it exactly.
+
+    Args:
+        config: a ConfigDict or mapping; see `docs/config.md`.
+        workdir: the run's directory, made if it is missing.
+        allow_change: continue although config, data, tokenizer or base weights changed.
+        budget: how long the run may train, all sessions together: `3h`, `90min`, or `20USD` at the
+            price of this machine's devices. The run then stops with reason `budget`, and goes on
+            with a larger one.
+        price: US dollars an hour of one device, in place of its list price.
+        console: where progress is shown; None shows nothing.
+
+    Returns:
+        The Result; `summary["stop_reason"]` says how the run ended.
+
+    Raises:
+        RequestError: config, data, checkpoint or workdir cannot be honoured; the workdir is as it
+            was before.
+    """
+    config, workdir = resolve(config), place(workdir, "--workdir")
+    limit = math.inf if budget is None else seconds_of(budget, price)
+    files.check_config(workdir, config.to_dict(), allow_change)
+    metrics = metrics_file(workdir / files.METRICS)
+    rows = metrics.rows()
+    done = files.finished(workdir)
+    if done is not None and not allow_change:
+        return Result(done, rows)
+    plan = build(config)
+    if console is not None and is_writer():
+        plan.show_findings(console)
+    with jax.set_mesh(plan.mesh), ExitStack() as stack:
+        started, begun = time.time(), None
+        try:
+            begun = begin(plan, workdir, allow_change)
+            # Up to here nothing was written, and all that a process can refuse it has refused.
+            processes.wait_for_all("start")
+            processes.summary_path(workdir / files.SUMMARY)
+            if is_writer():
+                stack.enter_context(files.claimed(workdir))
+                files.begin_session(workdir, config.to_dict(), plan.base.tokenizer)
+                if console is not None:
+                    console.print(f"attention: {plan.attention}", highlight=False)
+            outcome, totals = run(
+                plan, begun, workdir, metrics, console if is_writer() else None, limit
+            )
+        except RequestError:
+            raise
+        except Exception as error:
+            processes.wait_for_news()
+            if begun is None and isinstance(error, OSError):
+                raise  # a file that the request names; nothing was written
+            note = failure(error, begun, metrics, time.time() - started)
+            if is_writer():
+                files.note_failure(workdir, note)
+            error.add_note(f"the run failed; see {workdir / files.SUMMARY}")
+            raise
+        rows = metrics.rows()
+        summary = summarise(plan, outcome, totals, rows, time.time() - started)
+        if begun.damaged:
+            summary["damaged_checkpoints"] = {str(s): told for s, told in begun.damaged.items()}
+        if is_writer():
+            write_json(workdir / files.SUMMARY, summary)
+    return Result(summary, rows)
+
+
+def failure(
+    error: Exception, begun: Begun | None, metrics: MetricsFile, seconds: float
+) -> dict[str, Any]:
+    """Returns what `summary.json` holds of a run that an error ended: as much as is known.
+
+    `step` is the last that was logged.
+    """
+    note = {
+        "stop_reason": stop.ERROR,
+        "error": f"{type(error).__name__}: {error}",
+        "session_seconds": seconds,
+    }
+    if begun is None:
+        return note
+    rows = metrics.rows()
+    return note | {
+        "step": rows[-1]["step"] if rows else 0,
+        "metrics": files.last_metrics(rows),
+        "wall_seconds": begun.totals.seconds,
+        "fingerprints": begun.fingerprints,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A run at the moment from which it goes on.
+
+    Attributes:
+        state, frozen: all parameters and what training carries.
+        totals: what the run has seen before.
+        fingerprints: of base, data and tokenizer.
+        damaged: {step: what is wrong with it} of newer checkpoints.
+    """
+
+    state: TrainState
+    frozen: Tree
+    totals: Totals
+    fingerprints: dict[str, str | None]
+    damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+
+
+def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
+    """Returns the run as the newest whole checkpoint has it, or fresh; nothing is written.
+
+    Raises:
+        RequestError: base, data or tokenizer changed, or the checkpoint does not fit, or there are
+            checkpoints but none of them is whole.
+    """
+    fingerprints = plan.fingerprints()
+    saved = files.open_checkpoints(workdir, plan.config, reading=True)
+    params: Tree = None
+    damaged: dict[int, str] = {}
+    try:
+        for step in [*reversed(saved.steps()), None]:
+            if step is None and damaged:
+                break
+            told = None
+            try:
+                seen = seen_at(plan, workdir, saved, step, fingerprints, allow_change)
+                if params is None:
+                    init = plan.config.peft.get("init_from")
+                    params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init)
+                state, frozen = restore(plan, params, saved, step)
+            except DamagedCheckpoint as error:
+                told = str(error)
+            # A checkpoint of which one process cannot read its part serves none of them.
+            told = next(filter(None, processes.gather("checkpoint", told)), None)
+            if told is None:
+                return Begun(state, frozen, seen, fingerprints, damaged)
+            damaged[step] = told
+    finally:
+        saved.close()
+    raise RequestError(f"{damaged[max(damaged)]}; no checkpoint of the run is whole")
+
+
+def seen_at(
+    plan: Plan,
+    workdir: Path,
+    saved: RunCheckpoints,
+    step: int | None,
+    fingerprints: dict[str, str | None],
+    allow_change: bool,
+) -> Totals:
+    """Returns what the run had seen at a checkpoint, from which it may go on.
+
+    Raises:
+        DamagedCheckpoint: the checkpoint does not say.
+        RequestError: base, data or tokenizer changed, or the run is beyond its end.
+    """
+    if step is None:
+        return Totals()
+    meta = saved.meta(step)
+    with saved.blamed(step):
+        seen = Totals(**meta["totals"])
+        files.check_fingerprints(workdir, meta["fingerprints"], fingerprints, allow_change)
+    if step > plan.data.budget.steps:
+        raise RequestError(
+            f"the run is at step {step} already; {plan.data.budget.steps} steps were asked for",
+            where=workdir,
+        )
+    return seen
+
+
+def run(
+    plan: Plan,
+    begun: Begun,
+    workdir: Path,
+    metrics: MetricsFile,
+    console: Console | None,
+    seconds_limit: float,
+) -> tuple[Outcome, Totals]:
+    """Trains from where the run was to its end, or until something stops it."""
+    start, frozen = int(begun.state.step), begun.frozen
+    if begun.damaged:
+        if is_writer():
+            files.put_aside(workdir, begun.damaged, start)
+        processes.wait_for_all("damaged checkpoints")
+    rows = held_rows(plan.config.batch_size, plan.config.data.seq_len, plan.mesh)
+    batches = plan.data.stream.batches(
+        plan.config.batch_size,
+        plan.data.budget.steps,
+        start=start,
+        rows=slice(None) if rows is None else rows.held,
+        row_limit=plan.data.budget.rows,
+    )
+    with ExitStack() as stack:
+        saved = files.open_checkpoints(workdir, plan.config)
+        stack.callback(saved.close)
+        write: list[writers.Write] = []
+        if is_writer():
+            metrics.rewind(start)
+            write = open_writers(plan, workdir, metrics, start, stack)
+        display = stack.enter_context(ProgressDisplay(console, plan.data.budget.steps, start))
+        request = stack.enter_context(stop.on_sigterm())
+
+        def log(row: dict[str, Any]) -> None:
+            saved.check()  # a save that failed in the background ends the run here
+            for put in write:
+                put(row)
+
+        def save(step: int, state: TrainState, totals: Totals, result: dict[str, float]) -> None:
+            if is_writer():
+                metrics.flush()
+            saved.save(
+                step,
+                {"trainable": state.trainable, "fixed": unflatten(plan.parts.fixed(frozen))},
+                dataclasses.replace(state, trainable=None),
+                {
+                    "fingerprints": begun.fingerprints,
+                    "method": spec_of(plan.parts.method),
+                    "totals": dataclasses.asdict(totals),
+                    "data": {"next": step},
+                },
+                result,
+            )
+
+        outcome = run_loop(
+            compiled_together(plan),
+            begun.state,
+            frozen,
+            batches,
+            Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
+            begun.totals,
+            mesh=plan.mesh,
+            total_steps=plan.data.budget.steps,
+            log_every=plan.config.log.every_steps,
+            eval_every=plan.config.eval.every_steps,
+            save_every=plan.config.checkpoint.every_steps,
+            stop=request,
+            rows=rows,
+            seconds_limit=seconds_limit,
+        )
+        saved.wait()
+    processes.wait_for_all("end of training")
+    return outcome, begun.totals
+
+
+def compiled_together(plan: Plan) -> Callable:
+    """Returns the step; of several processes, once all have compiled it.
+
+    The first collective of the fastest must not wait for the compiler of the slowest: gloo gives
+    up after 30 seconds.
+    """
+    if not processes.joined():
+        return plan.step
+    step = plan.step.lower(*plan.abstract_arguments()).compile()
+    processes.gather("compiled step", None)
+    return step
+
+
+def open_writers(
+    plan: Plan, workdir: Path, metrics: MetricsFile, start: int, stack: ExitStack
+) -> list[writers.Write]:
+    """Returns what takes the rows of metrics; the stack closes it."""
+    write: list[writers.Write] = [metrics.append]
+    opened = []
+    if plan.config.log.tensorboard:
+        opened.append(writers.tensorboard(workdir / "tensorboard", start))
+    if plan.config.log.wandb:
+        opened.append(writers.wandb(workdir, plan.config.to_dict()))
+    for put, close in opened:
+        write.append(put)
+        stack.callback(close)
+    stack.callback(metrics.flush)
+    return write
+
+
+def restore(
+    plan: Plan, params: Tree, saved: RunCheckpoints, latest: int | None
+) -> tuple[TrainState, Tree]:
+    """Returns (state, frozen): fresh, or as the newest checkpoint has them."""
+    trainable, frozen = plan.parts.split(params)
+    if latest is None:
+        return fresh_state(trainable, plan.tx, plan.config.seed, plan.layout), frozen
+    model = saved.restore(latest, "model", plan.parts.saved_shapes())
+    rest = saved.restore(latest, "state", dataclasses.replace(plan.layout.shapes, trainable=None))
+    held = flatten(model["fixed"])
+    frozen = unflatten({path: held.get(path, leaf) for path, leaf in flatten(frozen).items()})
+    return dataclasses.replace(rest, trainable=model["trainable"]), frozen
+
+
+def summarise(
+    plan: Plan, outcome: Outcome, totals: Totals, rows: list[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Returns what `summary.json` holds."""
+    stats = plan.data.stream.stats()
+    summary = {
+        "stop_reason": outcome.stop_reason,
+        "step": outcome.step,
+        "total_steps": plan.data.budget.steps,
+        "metrics": files.last_metrics(rows),
+        "tokens": totals.tokens,
+        "trained_tokens": totals.trained_tokens,
+        "steps_without_targets": totals.empty_steps,
+        "wall_seconds": totals.seconds,
+        "session_seconds": seconds,
+        "parameters": plan.parts.counts(),
+        "data": stats,
+        "fingerprints": plan.fingerprints(),
+        "devices": len(plan.mesh.devices.flat),
+        "platform": plan.mesh.devices.flat[0].platform,
+        "attention": dataclasses.asdict(plan.attention),
+        "versions": versions(),
+    }
+    if outcome.detail is not None:
+        summary["detail"] = outcome.detail
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that decide the numbers."""
+    from importlib.metadata import version
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    return {name: version(name) for name in names}

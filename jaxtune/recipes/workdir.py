@@ -1,0 +1,218 @@
+"""What a workdir says about the run in it, and whether a config may continue it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtune.checkpoints.runs import RunCheckpoints
+from jaxtune.core.errors import RequestError
+from jaxtune.core.places import copy_up, is_remote, move, place
+from jaxtune.recipes.schema import changes
+from jaxtune.training.workdir import read_json, write_json
+
+CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+CHECKPOINTS, DAMAGED, LOCK = "checkpoints", "damaged", ".lock"
+
+
+def check_config(workdir: Path, config: Mapping[str, Any], allow_change: bool) -> None:
+    """Raises RequestError if the workdir cannot hold a run, or holds one of another config.
+
+    Args:
+        workdir: the directory.
+        config: the resolved config, as `to_dict` gives it.
+        allow_change: continue a run of another config.
+    """
+    check_writable(workdir)
+    check_writable(workdir / CHECKPOINTS)
+    if not (workdir / CONFIG).exists():
+        if any(path.name.isdigit() for path in (workdir / CHECKPOINTS).glob("*")):
+            raise RequestError(
+                f"holds checkpoints, but the {CONFIG} of their run is missing; use another one",
+                key="--workdir",
+                where=workdir,
+            )
+        return
+    old = read_json(workdir / CONFIG)
+    if "objective" not in old:
+        raise RequestError(
+            f"holds another thing than a run: its {CONFIG} is not one of ours",
+            key="--workdir",
+            where=workdir,
+        )
+    changed = changes(old, config)
+    if changed and not allow_change:
+        key, old, new = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise RequestError(
+            f"the run was started with {old!r}, not {new!r}{more}; use another --workdir, or "
+            "--allow_change",
+            key=key,
+            where=workdir / CONFIG,
+        )
+
+
+def check_writable(workdir: Path) -> None:
+    """Raises RequestError unless the workdir can be made or written to."""
+    if is_remote(workdir):
+        scheme, _, rest = str(workdir).partition("://")
+        bucket = place(f"{scheme}://{rest.partition('/')[0]}")
+        try:
+            if not bucket.exists():
+                raise FileNotFoundError(f"there is no {bucket}, or it cannot be read")
+        except Exception as error:  # each store's package raises its own
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" …")
+            raise RequestError(
+                f"cannot be reached: {reason}", key="--workdir", where=workdir
+            ) from error
+        return
+    for path in (workdir, *workdir.parents):
+        if not os.path.lexists(path):
+            continue
+        if not path.is_dir():
+            raise RequestError("is not a directory", key="--workdir", where=path)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise RequestError("cannot be written to", key="--workdir", where=path)
+        return
+
+
+def check_fingerprints(
+    workdir: Path, saved: Mapping[str, Any], now: Mapping[str, Any], allow_change: bool
+) -> None:
+    """Raises RequestError if base, data or tokenizer are not those that the run began with."""
+    keys = {
+        "base": "model",
+        "data": "data.train",
+        "evaluation data": "data.eval",
+        "tokenizer": "model.tokenizer",
+    }
+    for name, value in now.items():
+        if saved.get(name) != value and not allow_change:
+            raise RequestError(
+                f"the {name} changed since the run began (fingerprint {saved.get(name)}, now "
+                f"{value}); restore it, or use --allow_change",
+                key=keys[name],
+                where=workdir,
+            )
+
+
+@contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Makes the workdir and holds it for this process; the system lets go when the process ends.
+
+    Object stores have no locks; there the user alone keeps runs apart.
+
+    Raises:
+        RequestError: another process trains in it, or it cannot be written.
+    """
+    if is_remote(workdir):
+        yield
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RequestError(
+            f"cannot be written: {error.strerror}", key="--workdir", where=workdir
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks; there the user alone keeps runs apart.
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise RequestError(
+                    "another process is training in it", key="--workdir", where=workdir
+                ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def begin_session(workdir: Path, config: Mapping[str, Any], tokenizer: Any) -> None:
+    """Writes what the workdir says of the run; the summary of an earlier session goes first.
+
+    A run that is continued beyond its end must not look finished if it is killed on the way.
+    """
+    (workdir / SUMMARY).unlink(missing_ok=True)
+    write_json(workdir / CONFIG, config)
+    save_tokenizer(workdir, tokenizer)
+
+
+def save_tokenizer(workdir: Path, tokenizer: Any) -> None:
+    """Keeps the run's tokenizer in `tokenizer/`, so that the run needs no other place for it."""
+    if tokenizer is None or (workdir / "tokenizer").exists():
+        return
+    if is_remote(workdir):
+        with tempfile.TemporaryDirectory() as aside:
+            tokenizer.save(Path(aside))
+            copy_up(Path(aside), workdir / "tokenizer")
+        return
+    aside = workdir / ".tokenizer.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    tokenizer.save(aside)
+    aside.rename(workdir / "tokenizer")
+
+
+def open_checkpoints(workdir: Path, config: Any, *, reading: bool = False) -> RunCheckpoints:
+    """Returns the checkpoints of a run; with `reading`, nothing on disk is changed."""
+    return RunCheckpoints(
+        workdir / CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        best=config.checkpoint.keep_best,
+        async_save=config.checkpoint.async_save,
+        reading=reading,
+    )
+
+
+def put_aside(workdir: Path, damaged: Mapping[int, str], start: int) -> None:
+    """Moves damaged checkpoints out of the way of those that the run will write, with a warning."""
+    for step, reason in damaged.items():
+        target = workdir / DAMAGED / str(step)
+        number = 0
+        while target.exists():
+            number += 1
+            target = workdir / DAMAGED / f"{step}.{number}"
+        move(workdir / CHECKPOINTS / str(step), target)
+        logging.getLogger("jaxtune").warning(
+            "%s; moved to %s; the run goes on from step %d", reason, target, start
+        )
+
+
+def note_failure(workdir: Path, note: Mapping[str, Any]) -> None:
+    """Writes why a run failed; on a full disk, in the place that a half checkpoint took."""
+    if not is_remote(workdir):
+        for half in (workdir / CHECKPOINTS).glob("*tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+    try:
+        write_json(workdir / SUMMARY, note)
+    except OSError as error:
+        logging.getLogger("jaxtune").warning("%s cannot be written: %s", workdir / SUMMARY, error)
+
+
+def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the last training row together with the last evaluation, without the step."""
+    last: dict[bool, dict[str, Any]] = {}
+    for row in rows:
+        last[any(name.startswith("eval/") for name in row)] = row
+    merged = last.get(False, {}) | last.get(True, {})
+    return {name: value for name, value in merged.items() if name != "step"}
+
+
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """Returns the summary of a run that is done, or None."""
+    path = workdir / SUMMARY
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    return summary if summary.get("stop_reason") == "finished" else None
