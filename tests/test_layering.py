@@ -20,6 +20,7 @@ RANKS = {
     "checkpoints": 3,
     "generate": 3,
     "training": 4,
+    "rl": 5,
     "evaluate": 5,
     "planning": 5,
     "recipes": 6,

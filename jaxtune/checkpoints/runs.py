@@ -272,7 +272,7 @@ def forget(error: Exception) -> None:
 
 def larger_is_better(metric: str) -> bool:
     """Tells whether a metric is one to raise; losses and perplexities are to fall."""
-    return metric.endswith("accuracy")
+    return metric.endswith(("accuracy", "reward"))
 
 
 def named(tree: Any) -> dict[str, Any]:

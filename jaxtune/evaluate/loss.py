@@ -14,6 +14,9 @@ from jax.sharding import Mesh
 
 from jaxtune.core.weighted import Weighted
 from jaxtune.parallel.batches import Rows, global_batch
+from jaxtune.training.step import Loss, terms
+
+LOSS = "loss"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,32 +24,42 @@ class Sums:
     """What was measured on some examples, not yet divided; sums of several sources add up.
 
     Attributes:
-        totals: {name: (sum, weight)} of the loss and the objective's metrics, in float64.
+        totals: {name: (sum, weight)} of the loss and the objective's metrics, in float64; of a loss
+            of several terms, each as `loss/NAME`.
         tokens: trained tokens, those of a weight above 0. The weight itself may be a fraction.
+        likelihood: whether the loss is nats a token, so that it has a perplexity.
     """
 
     totals: Mapping[str, tuple[float, float]]
     tokens: int
+    likelihood: bool = True
 
     def __add__(self, other: Sums) -> Sums:
         names = dict.fromkeys([*self.totals, *other.totals])
         pairs = {n: (self.totals.get(n, (0, 0)), other.totals.get(n, (0, 0))) for n in names}
         added = {name: (a[0] + b[0], a[1] + b[1]) for name, (a, b) in pairs.items()}
-        return Sums(added, self.tokens + other.tokens)
+        return Sums(added, self.tokens + other.tokens, self.likelihood and other.likelihood)
 
     def means(self) -> dict[str, float]:
         """Returns {"loss", other metrics, "perplexity", "tokens"}; NaN without targets."""
         means = {name: s / w if w else math.nan for name, (s, w) in self.totals.items()}
-        return means | {"perplexity": perplexity(means["loss"]), "tokens": self.tokens}
+        if LOSS not in means:
+            parts = [value for name, value in means.items() if name.startswith(f"{LOSS}/")]
+            means = {LOSS: sum(parts)} | means
+        if self.likelihood:
+            means["perplexity"] = perplexity(means[LOSS])
+        return means | {"tokens": self.tokens}
 
 
 def loss_sums(
-    step: Callable[..., tuple[Weighted, dict[str, Weighted]]],
+    step: Callable[..., tuple[Loss, dict[str, Weighted]]],
     trainable: Any,
     frozen: Any,
     batches: Iterable[dict[str, np.ndarray]],
     mesh: Mesh,
     rows: Rows | None = None,
+    *,
+    likelihood: bool = True,
 ) -> Sums:
     """Returns the Sums over all targets of the batches.
 
@@ -59,19 +72,22 @@ def loss_sums(
         batches: host batches.
         mesh: the mesh.
         rows: which rows of each batch the host batches hold; None: all.
+        likelihood: whether the loss is nats a token.
     """
     found = []
     for host in batches:
         batch = global_batch(host, mesh, rows)
         found.append((*step(trainable, frozen, batch), targets(batch["loss_mask"])))
-    totals: dict[str, tuple[float, float]] = {"loss": (0.0, 0.0)}
+    totals: dict[str, tuple[float, float]] = {} if found else {LOSS: (0.0, 0.0)}
     tokens = 0
     for loss, metrics, count in jax.device_get(found):
         tokens += int(count)
-        for name, value in {"loss": loss, **metrics}.items():
+        losses = terms(loss)
+        named = {name if len(losses) == 1 else f"{LOSS}/{name}": v for name, v in losses.items()}
+        for name, value in (named | metrics).items():
             total, weight = totals.get(name, (0.0, 0.0))
             totals[name] = (total + float(value.sum), weight + float(value.weight))
-    return Sums(totals, tokens)
+    return Sums(totals, tokens, likelihood)
 
 
 @jax.jit

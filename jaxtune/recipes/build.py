@@ -30,8 +30,8 @@ from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, open_data
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.runs import open_base
-from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.compile import (
     Layout,
     abstract_batch,
@@ -114,7 +114,15 @@ class Plan:
                 self.parts.method.num_virtual,
                 slice(None) if rows is None else rows.held,
             )
-            results[name] = loss_sums(self.evaluation, trainable, frozen, batches, self.mesh, rows)
+            results[name] = loss_sums(
+                self.evaluation,
+                trainable,
+                frozen,
+                batches,
+                self.mesh,
+                rows,
+                likelihood=OBJECTIVES[self.config.objective.name].likelihood,
+            )
         if not results:
             return {}
         named = {}
@@ -254,15 +262,13 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         optim_spec(optim), parts.labels, trained, schedule, parts.method.learning_rate_scales()
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
-    loss = trained_loss = sft_loss(parts.config, parts.method, batch_shards(mesh))
-    if config.objective.balance:
-        trained_loss = sft_loss(
-            parts.config, parts.method, batch_shards(mesh), config.objective.balance
-        )
-    step = make_train_step(trained_loss, tx, schedule, config.grad_accum)
+    objective = OBJECTIVES[config.objective.name]
+    loss = objective.trained(config, parts, batch_shards(mesh))
+    held_out = objective.held_out(config, parts, batch_shards(mesh))
+    step = make_train_step(loss, tx, schedule, config.grad_accum)
 
     def evaluate(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]):
-        return loss(trainable, frozen, batch, None)
+        return held_out(trainable, frozen, batch, None)
 
     return Plan(
         config=config,
@@ -271,7 +277,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         parts=parts,
         data=data,
         attention=attention,
-        loss=trained_loss,
+        loss=loss,
         tx=tx,
         schedule=schedule,
         layout=layout,

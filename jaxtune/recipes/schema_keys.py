@@ -7,6 +7,7 @@ it, and the reference page of the documentation is written from it.
 from __future__ import annotations
 
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
+from jaxtune.recipes.schema_objective import OBJECTIVE
 
 PRESETS = (
     "tiny-1m",
@@ -420,21 +421,7 @@ KEYS: tuple[Key, ...] = (
     Key("seed", "int", 0, "of initialisation, order and dropout", low=0, high=2**32 - 1),
     *_MODEL,
     *_PEFT,
-    Key(
-        "objective.name",
-        "choice",
-        "sft",
-        "what is learned",
-        choices=("sft", "pretrain"),
-        refused={name: _LATER for name in ("reward", "dpo", "grpo", "ppo", "distill")},
-    ),
-    Key(
-        "objective.balance",
-        "float",
-        0.0,
-        "coefficient of the load-balancing loss; for models with experts",
-        low=0,
-    ),
+    *OBJECTIVE,
     *_DATA,
     *_LENGTH,
     *_OPTIM,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 
@@ -14,6 +15,8 @@ from jaxtune.objectives.logprobs import LOGITS_BYTES, shift, token_scores
 from jaxtune.objectives.sft import next_token_loss, router_balance
 from jaxtune.parallel.sequence import balanced, sequence_shards
 from jaxtune.peft.method import Method
+from jaxtune.recipes.assemble import Parts
+from jaxtune.recipes.objective import Objective
 from jaxtune.training.step import SumLoss
 
 SPREAD_HEAD = 4  # times LOGITS_BYTES: about a thousand tokens of a vocabulary of 128k
@@ -71,3 +74,16 @@ def chunk_bytes(config: ModelConfig, trainable: Tree, shards: int) -> int:
     node, leaf = decoder.head_path(config)
     spread = shards > 1 and trainable.get(node, {}).get(leaf) is not None
     return SPREAD_HEAD * LOGITS_BYTES if spread else LOGITS_BYTES
+
+
+def trained_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+    """Returns the loss that a run of the resolved config minimises."""
+    return sft_loss(parts.config, parts.method, shards, config.objective.balance)
+
+
+def held_out_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+    """Returns the next-token loss alone."""
+    return sft_loss(parts.config, parts.method, shards)
+
+
+OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=True)

@@ -281,7 +281,7 @@ def run(
             compiled_together(plan),
             begun.state,
             frozen,
-            batches,
+            lambda state: (next(batches), {}),
             Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
             begun.totals,
             mesh=plan.mesh,

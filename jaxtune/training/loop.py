@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from jaxtune.training.step import BAD_LEAF
 from jaxtune.training.stop import BUDGET, FINISHED, NON_FINITE, StopRequest, reason_of
 
 Row = dict[str, Any]
+# What gives the next batch: the state before the step → (host batch, metrics to log with the step).
+Feed = Callable[[TrainState], tuple[dict[str, np.ndarray], dict[str, float]]]
 
 
 @dataclasses.dataclass
@@ -69,7 +71,7 @@ def run_loop(
     step_fn: Callable,
     state: TrainState,
     frozen: Tree,
-    batches: Iterator[dict[str, np.ndarray]],
+    feed: Feed,
     hooks: Hooks,
     totals: Totals,
     *,
@@ -90,19 +92,20 @@ def run_loop(
     first. `seconds_limit` bounds the training time of the whole run, earlier sessions included; the
     step in which it is reached is the last.
 
-    `rows` says which rows of each global batch `batches` gives; None: all.
+    `feed` is asked for a batch before each step; it may look at the state, as sampling does. `rows`
+    says which rows of each global batch it gives; None: all.
     """
     step = int(state.step)
     started, first = time.perf_counter() - totals.seconds, step
     interval = (time.perf_counter(), step, 0)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
+    pending: tuple[int, dict[str, jax.Array], dict[str, float]] | None = None
 
     def settle() -> Outcome | None:
         """Reads the pending step's metrics; returns the end of the run if they are not finite."""
         nonlocal pending, interval
         if pending is None:
             return None
-        done, report = pending[0], jax.device_get(pending[1])
+        done, report, fed = pending[0], jax.device_get(pending[1]), pending[2]
         pending = None
         values = {name: float(value) for name, value in report.items()}
         totals.tokens += round(values.pop("tokens"))
@@ -127,6 +130,7 @@ def run_loop(
                 {
                     "step": done,
                     **values,
+                    **fed,
                     "tokens": totals.tokens,
                     "trained_tokens": totals.trained_tokens,
                     "tokens_per_second": rate or (totals.tokens - tokens_then) / (now - since),
@@ -140,12 +144,13 @@ def run_loop(
     if totals.seconds >= seconds_limit and step < total_steps:
         return Outcome(state, BUDGET, step, f"{BUDGET} spent before step {step + 1}")
     while step < total_steps:
-        batch = global_batch(next(batches), mesh, rows)
+        host, fed = feed(state)
+        batch = global_batch(host, mesh, rows)
         state, report = step_fn(state, frozen, batch)
         step += 1
         if end := settle():
             return end
-        pending = (step, report)
+        pending = (step, report, fed)
         if time.perf_counter() - started >= seconds_limit and stop.signal is None:
             stop.signal = BUDGET
         evaluating = (eval_every and step % eval_every == 0) or step == total_steps

@@ -21,7 +21,7 @@ from jaxtune.optim.transform import OptimSpec, make_transform
 from jaxtune.parallel.rules import batch_sharding
 from jaxtune.peft.full import Full
 from jaxtune.peft.lora import Lora
-from jaxtune.recipes import build
+from jaxtune.recipes import build, sft
 from jaxtune.recipes import train as train_recipe
 from jaxtune.recipes.assemble import plan_parts
 from jaxtune.recipes.sft import sft_loss
@@ -47,7 +47,7 @@ def test_the_step_traces_once_over_a_run_with_evaluation_and_a_resume(
 ):
     """Python runs a step's code only while it is traced."""
     calls = {"step": 0, "evaluation": 0}
-    make_step, make_loss = build.make_train_step, build.sft_loss
+    make_step, make_loss = build.make_train_step, sft.sft_loss
 
     def counted_step(*args, **kwargs):
         step = make_step(*args, **kwargs)
@@ -68,7 +68,7 @@ def test_the_step_traces_once_over_a_run_with_evaluation_and_a_resume(
         return run
 
     monkeypatch.setattr(build, "make_train_step", counted_step)
-    monkeypatch.setattr(build, "sft_loss", counted_loss)
+    monkeypatch.setattr(sft, "sft_loss", counted_loss)
     config = run_config(tmp_path, total_steps=8)
     config.grad_accum = grad_accum
     config.eval = {"every_steps": 2, "batch_size": 2}

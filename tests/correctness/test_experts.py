@@ -29,6 +29,7 @@ from tests.correctness.small import (
     assert_same_gradients,
     batch_of,
     examples,
+    plain,
     small,
     training,
 )
@@ -65,7 +66,7 @@ def gradients(method, sizes=(1, 1, 1, 1), count=1, rows=None):
     key = jax.random.key(0)
 
     def run(trainable, frozen, batch):
-        return summed_gradients(loss, trainable, frozen, batch, key, count)
+        return plain(summed_gradients(loss, trainable, frozen, batch, key, count))
 
     with jax.set_mesh(mesh):
         given = global_batch(batch(model.method) if rows is None else rows, mesh)
@@ -156,7 +157,7 @@ def test_the_backward_pass_does_not_hold_every_layers_gathered_experts():
         trainable, frozen = model.parts.split(model.params)
 
         def run(trainable, frozen, batch):
-            return summed_gradients(loss, trainable, frozen, batch, jax.random.key(0), 1)
+            return plain(summed_gradients(loss, trainable, frozen, batch, jax.random.key(0), 1))
 
         with jax.set_mesh(mesh):
             placed = global_batch(batch(LORA), mesh)

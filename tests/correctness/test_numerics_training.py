@@ -19,7 +19,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import flatten, size, without_holes
 from jaxtune.core.weighted import Weighted
 from jaxtune.peft.method import FIXED, FROZEN, TRAINED, labels
-from jaxtune.recipes import build
+from jaxtune.recipes import build, sft
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.evaluate import evaluate
 from jaxtune.recipes.schema import resolve
@@ -203,7 +203,7 @@ def test_c33_a_step_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, ever
     arguments = ["train", f"--config={path}", f"--workdir={workdir}"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "sft_loss", poisoned(build.sft_loss))
+        patch.setattr(sft, "sft_loss", poisoned(sft.sft_loss))
         assert main(arguments) == 1
     summary = json.loads((workdir / "summary.json").read_text())
     assert summary["stop_reason"] == "non_finite"

@@ -124,7 +124,8 @@ class Cloud:
             self.put(kind, state)
             if kind == "queue" and state == "ACTIVE":
                 self.boot()
-            if kind == "node" and state == "PREEMPTED":
+            if (kind, state) in {("node", "PREEMPTED"), ("queue", "SUSPENDED")}:
+                self.put("node", "PREEMPTED")
                 self.destroy()
                 self.put("behaviour", self.planned("after_preemption", "train"))
         if self.get(kind) is None:

@@ -83,6 +83,32 @@ def test_a_step_divides_once_whatever_the_micro_batches(grad_accum):
     assert new.step == 1 and report[BAD_LEAF] == -1
 
 
+@pytest.mark.parametrize("grad_accum", [1, 2, 4])
+def test_each_term_of_a_loss_is_divided_by_its_own_weight(grad_accum):
+    """The second term's weights are as unevenly spread over the micro-batches as they can be."""
+
+    def two_terms(trainable, frozen, batch, key):
+        first, metrics = sum_loss(trainable, frozen, batch, key)
+        rows = jnp.where(batch["y"] > 0, 3.0, 0.0)
+        return {"fit": first, "size": weighted(jnp.abs(batch["x"] @ trainable["w"]), rows)}, metrics
+
+    batch = batch_of()
+    batch["y"] = np.where(np.arange(8) % 4 == 1, 2.0, -1.0).astype(np.float32)
+    loss, w, b = by_hand(batch)
+    reached = batch["y"] > 0
+    side = np.sign(batch["x"] @ np.asarray(PARAMS["w"]))[:, None] * batch["x"]
+    tx = optax.sgd(LR)
+    step = jax.jit(make_train_step(two_terms, tx, lambda s: jnp.float32(LR), grad_accum))
+    new, report = step(init_state(PARAMS, tx, 0), FROZEN, batch)
+    size = np.abs(batch["x"] @ np.asarray(PARAMS["w"]))[reached].mean()
+    np.testing.assert_allclose(report["loss/fit"], loss, rtol=1e-5)
+    np.testing.assert_allclose(report["loss/size"], size, rtol=1e-5)
+    np.testing.assert_allclose(report["loss"], loss + size, rtol=1e-5)
+    wanted = PARAMS["w"] - LR * (w + side[reached].mean(axis=0))
+    np.testing.assert_allclose(new.trainable["w"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(new.trainable["b"], -LR * b, rtol=1e-5)
+
+
 def test_rows_go_round_the_micro_batches():
     rows = micro_batches({"x": np.arange(6)}, 3)["x"]
     assert rows.tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -101,7 +127,8 @@ def test_each_step_and_each_micro_batch_draws_its_own_noise():
     }
     key = jax.random.key(3)
     pieces = [
-        summed_gradients(sum_loss, PARAMS, noisy, same, key, count)[0].sum for count in (1, 2)
+        summed_gradients(sum_loss, PARAMS, noisy, same, key, count)[0]["loss"].sum
+        for count in (1, 2)
     ]
     assert pieces[0] != pieces[1]
 
@@ -174,14 +201,14 @@ class Seen:
 def loop(batches, seen, stop=None, **settings):
     mesh = make_mesh({})
     step, state = step_of()
-    totals = Totals()
+    totals, rest = Totals(), iter(batches)
     options = {"total_steps": 6, "log_every": 2, "eval_every": 3, "save_every": 4} | settings
     with jax.set_mesh(mesh):
         outcome = run_loop(
             step,
             state,
             FROZEN,
-            iter(batches),
+            lambda state: (next(rest), {}),
             seen.hooks(),
             totals,
             mesh=mesh,

@@ -1,0 +1,28 @@
+"""What an objective is to a run: the data that it reads, and the loss of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jaxtune.recipes.assemble import Parts
+from jaxtune.training.step import SumLoss
+
+# (resolved config, the model's partitions, over how many devices rows are spread) → loss
+MakeLoss = Callable[[Any, Parts, int], SumLoss]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """One entry of `objectives.OBJECTIVES`.
+
+    Attributes:
+        trained: what training minimises.
+        held_out: what evaluation measures.
+        likelihood: whether the held-out loss is nats a token, so that it has a perplexity.
+    """
+
+    trained: MakeLoss
+    held_out: MakeLoss
+    likelihood: bool

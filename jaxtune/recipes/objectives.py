@@ -1,0 +1,11 @@
+"""The objectives by name; a new one is a file beside this one and an entry here."""
+
+from __future__ import annotations
+
+from jaxtune.recipes import sft
+from jaxtune.recipes.objective import Objective
+
+OBJECTIVES: dict[str, Objective] = {
+    "sft": sft.OBJECTIVE,
+    "pretrain": sft.OBJECTIVE,
+}

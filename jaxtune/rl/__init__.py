@@ -1,0 +1,1 @@
+"""Online reinforcement learning: rollouts, rewards, and the loops around the step."""
