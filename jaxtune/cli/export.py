@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from jaxtune.cli import arguments, source
 from jaxtune.core.errors import RequestError
@@ -61,14 +60,13 @@ def run(argv: Sequence[str]) -> int:
     out = args.out or str(found.path / "export" / args.format)
 
     from jaxtune.recipes import export
-    from jaxtune.recipes.combine import Mix
 
-    given = {"how": args.merge, "density": args.density}
-    given = {name: value for name, value in given.items() if value is not None}
-    mix = Mix(tuple(Path(path) for path in others), share=args.tuned_share, **given)
+    given = {"merge": args.merge, "density": args.density}
+    mix = {name: value for name, value in given.items() if value is not None}
+    mix |= {"others": tuple(others), "tuned_share": args.tuned_share}
     extra = {} if found.adapter is None else {"adapter": found.adapter}
     extra |= {} if args.dtype is None else {"dtype": args.dtype}
-    report = export.export(str(found.path), args.format, out, mix=mix, **extra)
+    report = export.export(str(found.path), args.format, out, **mix, **extra)
     if args.json:
         print(json.dumps(report))
     else:

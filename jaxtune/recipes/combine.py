@@ -24,30 +24,30 @@ class Mix:
 
     Attributes:
         others: workdirs of further runs of the same base.
-        how: a name in `core.merging.COMBINE`.
-        share: of what tuning changed: 1 all of it, 0 the base (WiSE-FT).
+        merge: a name in `core.merging.COMBINE`.
+        tuned_share: of what tuning changed: 1 all of it, 0 the base (WiSE-FT).
         density: part of each task vector that TIES and DARE keep.
         seed: of what DARE drops.
     """
 
     others: tuple[Path, ...] = ()
-    how: str = "soup"
-    share: float = 1.0
+    merge: str = "soup"
+    tuned_share: float = 1.0
     density: float = 0.5
     seed: int = 0
 
     def __post_init__(self):
-        if self.how not in COMBINE:
-            raise RequestError(f"{self.how!r} is none of {', '.join(COMBINE)}", key="merge")
-        if not 0 <= self.share <= 2:
-            raise RequestError(f"{self.share!r} is not in 0..2", key="tuned_share")
+        if self.merge not in COMBINE:
+            raise RequestError(f"{self.merge!r} is none of {', '.join(COMBINE)}", key="merge")
+        if not 0 <= self.tuned_share <= 2:
+            raise RequestError(f"{self.tuned_share!r} is not in 0..2", key="tuned_share")
         if not 0 < self.density <= 1:
             raise RequestError(f"{self.density!r} is not above 0 and at most 1", key="density")
 
     @property
     def changes(self) -> bool:
         """Whether the result is another model than the run."""
-        return bool(self.others) or self.share != 1.0
+        return bool(self.others) or self.tuned_share != 1.0
 
 
 def mixed(source: str | Path, lm: LanguageModel, mix: Mix) -> LanguageModel:
@@ -110,8 +110,8 @@ def put_together(
         path: combine(
             weight,
             [params[path] for params in tuned],
-            combine=COMBINE[mix.how],
-            share=mix.share,
+            combine=COMBINE[mix.merge],
+            share=mix.tuned_share,
             density=mix.density,
             key=jax.random.fold_in(root, number),
         )

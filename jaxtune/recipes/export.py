@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,11 @@ def export(
     out: str | Path,
     adapter: str | Path | None = None,
     dtype: str | None = None,
-    mix: Mix | None = None,
+    *,
+    others: Sequence[str | Path] = (),
+    merge: str = "soup",
+    tuned_share: float = 1.0,
+    density: float = 0.5,
 ) -> dict[str, Any]:
     """Writes an export, with a model card, and reports how far it is from the model in memory.
 
@@ -50,7 +54,8 @@ def export(
         adapter: PEFT directory on top of `source`.
         dtype: of merged weights: "float32", "float16", "bfloat16", and "q8_0" for gguf; that of
             the source by default.
-        mix: draws the run towards its base, or merges other runs into it; None: the run as it is.
+        others, merge, tuned_share, density: draw the run towards its base, or merge other runs
+            into it; see `combine.Mix`.
 
     Returns:
         {"out", "format", "dtype", "max_logit_error", "bound"}; errors are relative to the
@@ -61,12 +66,13 @@ def export(
             or that is read.
         ExportError: the reloaded model differs by more than the bound, or is described otherwise.
     """
+    mix = Mix(tuple(Path(path) for path in others), merge, tuned_share, density)
     out = Path(out)
     check_apart(out, source, adapter)
     check_replaceable(out)
     dtype = chosen_dtype(format, dtype, Path(source))
     lm = load(source, adapter=adapter, dtype="float32")
-    if mix is not None and mix.changes:
+    if mix.changes:
         lm = weakened(lm, mix) if format == "peft" else mixed(source, lm, mix)
     with replaced(out) as aside:
         again = written_and_read(lm, aside, format, dtype)
@@ -99,7 +105,7 @@ def weakened(lm: LanguageModel, mix: Mix) -> LanguageModel:
             "holds an adapter, and what is asked for changes whole weights; use --format=hf",
             key="format",
         )
-    return lm.use({DEFAULT: mix.share})
+    return lm.use({DEFAULT: mix.tuned_share})
 
 
 def check_apart(out: Path, source: str | Path, adapter: str | Path | None) -> None:

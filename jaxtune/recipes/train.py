@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -364,10 +366,21 @@ def summarise(
         "platform": plan.mesh.devices.flat[0].platform,
         "attention": dataclasses.asdict(plan.attention),
         "versions": versions(),
+        "code": code_fingerprint(),
     }
     if outcome.detail is not None:
         summary["detail"] = outcome.detail
     return summary
+
+
+@functools.cache
+def code_fingerprint() -> str:
+    """Returns a hash of jaxtune's own source, in hexadecimal."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
