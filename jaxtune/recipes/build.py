@@ -26,6 +26,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
+from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
@@ -146,7 +147,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
     """
     check_batch(config.batch_size, config.grad_accum, mesh)
     check_tokens(config.data.seq_len, mesh)
-    base = open_base(config.model, config.seed, config.data.template)
+    heads = heads_of(config.objective.name)
+    base = open_base(config.model, config.seed, config.data.template, heads)
     method = method_of(config, base)
     check_targets(method, base.config)
     if config.peft.get("init_from") is None:
