@@ -261,8 +261,12 @@ class Decoder(nnx.Module):
         self.blocks = functional.stack(lambda k: Block(c, method, nnx.Rngs(k)), keys)
         self.final_norm = Norm(c, c.hidden_size)
         shape, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
-        head = None if c.tie_embeddings else Linear(c, method, "lm_head", shape, axes, False, rngs)
+        own = c.lm_head and not c.tie_embeddings
+        head = Linear(c, method, "lm_head", shape, axes, False, rngs) if own else None
         self.lm_head = head
+        # From 0: every score starts equal, whatever the width, and a value function at 0.
+        zeros = jnp.zeros((c.hidden_size, 1), jnp.float32)
+        self.score = nnx.Dict(kernel=param(zeros, "embed", None)) if c.score_head else None
         self.prompt = method.embedding(c.hidden_size, rngs)
         if method.new_rows is not None:
             count = method.new_rows[1]
@@ -333,6 +337,11 @@ class Decoder(nnx.Module):
         if c.final_softcap is not None:
             scores = c.final_softcap * jnp.tanh(scores / c.final_softcap)
         return scores
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 [...] for hidden [..., D]."""
+        kernel = self.score["kernel"][...].astype(jnp.float32)
+        return jnp.einsum("...d,do->...o", hidden.astype(jnp.float32), kernel)[..., 0]
 
     def _with_new_columns(self, scores: jax.Array, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., V] with those of new tokens from their own rows."""
@@ -442,6 +451,15 @@ def hidden_states(config, method, params, batch, *, cache=None, key=None) -> Hid
 def logits(config, method, params, hidden, *, key=None):
     """Returns float32 logits [..., V] of hidden states [..., D]."""
     return functional.merge(_graphdef(config, method), params).logits(hidden, key)
+
+
+def scores(config, method, params, hidden):
+    """Returns float32 scores [...] of hidden states [..., D], by a model with `score_head`.
+
+    The head has no bias, is float32 and computes in float32. What a score stands for is the
+    objective's: a reward at a completion's last token, or the value of each token's state.
+    """
+    return functional.merge(_graphdef(config, method), params).scores(hidden)
 
 
 def head_path(config: ModelConfig) -> tuple[str, str]:

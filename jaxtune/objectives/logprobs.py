@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,22 @@ def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     return targets, weights
 
 
+class PolicyScores(NamedTuple):
+    """Of each target token: its log-probability, and the entropy of the choice, in nats."""
+
+    logprobs: jax.Array
+    entropy: jax.Array
+
+
+def policy_scores(logits: jax.Array, targets: jax.Array) -> PolicyScores:
+    """Returns the PolicyScores of targets [...] under float32 logits [..., V]."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)[..., 0]
+    p = jnp.exp(logprobs)
+    # A token that the policy rules out adds nothing, even where its log-probability is −inf.
+    return PolicyScores(chosen, -jnp.sum(jnp.where(p > 0, p * logprobs, 0.0), axis=-1))
+
+
 def plain_scores(logits: jax.Array, targets: jax.Array) -> Scores:
     """Returns the Scores of targets [...] under float32 logits [..., V]: the oracle."""
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -52,8 +68,9 @@ def token_scores(
     logits_bytes: int = LOGITS_BYTES,
     shards: int = 1,
     pieces: int = 1,
-) -> Scores:
-    """Returns the Scores [B, T] of targets under head(hidden).
+    score: Callable[[jax.Array, jax.Array], NamedTuple] = plain_scores,
+) -> Any:
+    """Returns the Scores [B, T] of targets under head(hidden), or what `score` makes of them.
 
     Args:
         head: hidden [B, t, D] → float32 logits [B, t, V].
@@ -63,12 +80,13 @@ def token_scores(
         logits_bytes: the most bytes of logits that one device holds at a time.
         shards: over how many devices the rows are spread.
         pieces: over how many the tokens of each row are, which divides T; a chunk takes of each.
+        score: (float32 logits [..., V], targets [...]) → a tuple of arrays [...].
     """
     batch, tokens = hidden.shape[0], hidden.shape[1] // pieces
     per_column = batch * vocab_size * 4 // shards
     chunk = max(1, logits_bytes // per_column)
     if chunk >= tokens:
-        return plain_scores(head(hidden), targets)
+        return score(head(hidden), targets)
     count = -(-tokens // chunk)
     chunk = -(-tokens // count)
     padding = count * chunk - tokens
@@ -85,8 +103,8 @@ def token_scores(
         return x.reshape(batch, pieces, count * chunk)[..., :tokens].reshape(targets.shape)
 
     @jax.checkpoint
-    def piece(h: jax.Array, t: jax.Array) -> Scores:
-        return plain_scores(head(h), t)
+    def piece(h: jax.Array, t: jax.Array) -> NamedTuple:
+        return score(head(h), t)
 
     scores = jax.lax.map(lambda ht: piece(*ht), (fold(hidden), fold(targets)))
     return jax.tree.map(unfold, scores)
