@@ -29,6 +29,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of hf's and gguf's weights")
     parser.add_argument("--out", metavar="DIR", help="where (WORKDIR/export/FORMAT)")
     parser.add_argument(
+        "--pick",
+        choices=("knee", "target", "retention"),
+        help="which checkpoint of a run with retention.data (its result)",
+    )
+    parser.add_argument(
         "--tuned_share",
         type=float,
         default=1.0,
@@ -63,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
 
     given = {"merge": args.merge, "density": args.density}
     mix = {name: value for name, value in given.items() if value is not None}
-    mix |= {"others": tuple(others), "tuned_share": args.tuned_share}
+    mix |= {"pick": args.pick, "others": tuple(others), "tuned_share": args.tuned_share}
     extra = {} if found.adapter is None else {"adapter": found.adapter}
     extra |= {} if args.dtype is None else {"dtype": args.dtype}
     report = export.export(str(found.path), args.format, out, **mix, **extra)

@@ -11,6 +11,7 @@ import optax
 
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.optim.anchor import Pull, pull_to_start
 from jaxtune.optim.schedules import Schedule
 from jaxtune.peft.method import FROZEN, TRAINED
 
@@ -94,8 +95,9 @@ def make_transform(
     params: Tree,
     schedule: Schedule,
     scales: Sequence[tuple[str, float]] = (),
+    pull: Pull | None = None,
 ) -> optax.GradientTransformation:
-    """Returns clip → rule → decay → learning rate, with a group for each rate and decay.
+    """Returns pull → clip → rule → decay → learning rate, a group for each rate and decay.
 
     Args:
         spec: the specification.
@@ -104,6 +106,7 @@ def make_transform(
         schedule: step → learning rate.
         scales: (path regex, factor) pairs of the method, such as LoRA+'s; they multiply the
             groups' own.
+        pull: towards the parameters at the start, if any.
 
     Raises:
         RequestError: a group's regex matches no trained parameter.
@@ -144,4 +147,5 @@ def make_transform(
         )
     clip = optax.identity() if spec.clip_norm is None else optax.clip_by_global_norm(spec.clip_norm)
     names = unflatten({p: None if leaf is None else group(p) for p, leaf in shapes.items()})
-    return optax.chain(clip, optax.partition(chains, names))
+    before = (pull_to_start(pull.l2sp, pull.ewc),) if pull else ()
+    return optax.chain(*before, clip, optax.partition(chains, names))

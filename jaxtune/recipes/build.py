@@ -16,6 +16,7 @@ from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.models.attention_backends import Choice, choose, setting_on
+from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
 from jaxtune.optim.transform import OptimSpec, make_transform
 from jaxtune.parallel.batches import check_batch
@@ -30,6 +31,7 @@ from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.retention import Retention, open_retention
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -55,6 +57,7 @@ class Plan:
         tx, schedule: the optimizer.
         layout: where the state lies.
         step, evaluation: jitted functions; no evaluation where the objective measures no loss.
+        retention: what is measured of what the run retains, or None.
     """
 
     config: Any
@@ -69,6 +72,7 @@ class Plan:
     layout: Layout
     step: Callable
     evaluation: Callable | None
+    retention: Retention | None = None
 
     @property
     def objective(self) -> Objective:
@@ -121,7 +125,7 @@ def build(config: Any) -> Plan:
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
     data = objective.open_data(config, model.base, model.parts.method.num_virtual)
-    if config.data.eval:
+    if config.eval.batch_size is not None:
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 
@@ -236,7 +240,12 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     if not jax.tree.leaves(trained):
         raise RequestError("no parameter is trained", key="peft.train")
     tx = make_transform(
-        optim_spec(optim), parts.labels, trained, schedule, parts.method.learning_rate_scales()
+        optim_spec(optim),
+        parts.labels,
+        trained,
+        schedule,
+        parts.method.learning_rate_scales(),
+        Pull(config.retention.l2sp, config.retention.ewc),
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
@@ -264,6 +273,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         layout=layout,
         step=jit_step(step, layout),
         evaluation=evaluation,
+        retention=open_retention(config, parts, layout, base.tokenizer),
     )
 
 

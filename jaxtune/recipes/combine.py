@@ -50,19 +50,22 @@ class Mix:
         return bool(self.others) or self.tuned_share != 1.0
 
 
-def mixed(source: str | Path, lm: LanguageModel, mix: Mix) -> LanguageModel:
+def mixed(
+    source: str | Path, lm: LanguageModel, mix: Mix, pick: str | None = None
+) -> LanguageModel:
     """Returns the model that a mix makes of a run, whole weights in float32.
 
     Args:
         source: the run's workdir.
         lm: the run, loaded in float32.
         mix: how.
+        pick: which checkpoint of `source`.
 
     Raises:
         RequestError: a directory without a run, a run of another base, or a method that cannot be
             merged.
     """
-    runs = [opened(path) for path in (source, *mix.others)]
+    runs = [opened(source, pick), *(opened(path) for path in mix.others)]
     for path, run in zip(mix.others, runs[1:], strict=True):
         if run.base.fingerprint != runs[0].base.fingerprint:
             raise RequestError(
@@ -80,12 +83,12 @@ def mixed(source: str | Path, lm: LanguageModel, mix: Mix) -> LanguageModel:
     )
 
 
-def opened(path: str | Path) -> Run:
+def opened(path: str | Path, pick: str | None = None) -> Run:
     """Returns the run in a workdir; RequestError if it cannot be mixed."""
     path = Path(path)
     if not is_run(path):
         raise RequestError("holds no run; only runs know their base", key="model", where=path)
-    run = open_run(path)
+    run = open_run(path, pick)
     if not run.method.mergeable:
         raise RequestError(
             f"the method {run.method.name!r} adds no change of weights that could be mixed",

@@ -43,6 +43,7 @@ def export(
     merge: str = "soup",
     tuned_share: float = 1.0,
     density: float = 0.5,
+    pick: str | None = None,
 ) -> dict[str, Any]:
     """Writes an export, with a model card, and reports how far it is from the model in memory.
 
@@ -56,6 +57,7 @@ def export(
             the source by default.
         others, merge, tuned_share, density: draw the run towards its base, or merge other runs
             into it; see `combine.Mix`.
+        pick: which checkpoint of the run; see `language_model.load`.
 
     Returns:
         {"out", "format", "dtype", "max_logit_error", "bound"}; errors are relative to the
@@ -71,9 +73,9 @@ def export(
     check_apart(out, source, adapter)
     check_replaceable(out)
     dtype = chosen_dtype(format, dtype, Path(source))
-    lm = load(source, adapter=adapter, dtype="float32")
+    lm = load(source, adapter=adapter, dtype="float32", pick=pick)
     if mix.changes:
-        lm = weakened(lm, mix) if format == "peft" else mixed(source, lm, mix)
+        lm = weakened(lm, mix) if format == "peft" else mixed(source, lm, mix, pick)
     with replaced(out) as aside:
         again = written_and_read(lm, aside, format, dtype)
         if changed := changed_fields(lm, again):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
 from jaxtune.recipes.schema_objective import OBJECTIVE
+from jaxtune.recipes.schema_retention import retention_keys
 
 PRESETS = (
     "tiny-1m",
@@ -427,6 +428,7 @@ KEYS: tuple[Key, ...] = (
     *_OPTIM,
     *_MESH,
     *_RUN,
+    *retention_keys(EVAL_ENTRY),
 )
 BY_PATH: dict[str, Key] = {key.path: key for key in KEYS}
 SECTIONS: tuple[str, ...] = tuple(
