@@ -96,13 +96,12 @@ def test_the_front_of_checkpoints_is_kept_and_picked_from(run, tmp_path):
         ("target", min(points, key=lambda s: points[s])),
         ("retention", min(front(points), key=lambda s: points[s][1])),
     ):
-        out = tmp_path / how
-        words = [f"--model={run}", "--format=hf", f"--out={out}", f"--pick={how}"]
-        assert main(["export", *words]) == 0
-        loss = jaxtune.load(out, dtype="float32")
-        assert held_out(loss, run) == pytest.approx(points[step][0], rel=1e-4)
+        lm = jaxtune.load(run, dtype="float32", pick=how)
+        assert held_out(lm, run) == pytest.approx(points[step][0], rel=1e-4)
+    words = [f"--model={run}", "--format=jaxtune", f"--out={tmp_path / 'out'}", "--pick=knee"]
+    assert main(["export", *words]) == 0
     with pytest.raises(RequestError, match="pick: only a run"):
-        jaxtune.load(tmp_path / "target", pick="knee")
+        jaxtune.load(tmp_path, pick="knee")
 
 
 def held_out(lm, run: Path) -> float:
