@@ -121,7 +121,7 @@ def build(config: Any) -> Plan:
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
     data = objective.open_data(config, model.base, model.parts.method.num_virtual)
-    if config.data.eval:
+    if config.data.eval and objective.held_out is not None:
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import sft
+from jaxtune.recipes import grpo, ppo, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
+    "grpo": grpo.OBJECTIVE,
+    "ppo": ppo.OBJECTIVE,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxtune.recipes.schema_key import REQUIRED, Key
+from jaxtune.recipes.schema_online import ONLINE
 
 _LATER = "is not available in this version of jaxtune"
 
@@ -38,8 +39,8 @@ OBJECTIVE: tuple[Key, ...] = (
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain"),
-        refused={name: _LATER for name in ("reward", "dpo", "grpo", "ppo", "distill")},
+        choices=("sft", "pretrain", "grpo", "ppo"),
+        refused={name: _LATER for name in ("reward", "dpo", "distill")},
     ),
     Key(
         "objective.balance",
@@ -56,4 +57,5 @@ OBJECTIVE: tuple[Key, ...] = (
         entry=REWARD_ENTRY,
         used_by=(("objective.name", ("grpo", "ppo")),),
     ),
+    *ONLINE,
 )

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.core.errors import RequestError
+from jaxtune.recipes import schema_rules_online
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
@@ -35,6 +36,7 @@ def apply(values: Values, given: Mapping[str, Any]) -> Values:
     _length(values)
     _optim(values)
     _mesh(values, given)
+    schema_rules_online.apply(values, given)
     _evaluation(values, given)
     return values
 
@@ -231,5 +233,6 @@ def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
                 f"multiple of eval.every_steps = {evaluate}",
                 key="checkpoint.keep_best",
             )
-    if values["data.eval"] and values["eval.batch_size"] is None:
+    sampled = values["objective.name"] in schema_rules_online.NAMES
+    if values["data.eval"] and values["eval.batch_size"] is None and not sampled:
         values["eval.batch_size"] = values["batch_size"]
