@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxtune.core.tree import Tree, combine
 from jaxtune.data.batches import Batch, empty_batch
+from jaxtune.generate.stops import cut
 from jaxtune.objectives import advantages, kl, value
 from jaxtune.parallel import processes
 from jaxtune.parallel.batches import global_batch, held_rows
@@ -25,7 +26,6 @@ from jaxtune.rl.rewards.scores import score
 from jaxtune.rl.rollouts import Iteration, Rollouts, Schedule, sampler_gap
 from jaxtune.training.feed import Source
 from jaxtune.training.state import TrainState
-from jaxtune.generate.stops import cut
 
 SHOWN = 4  # completions of an iteration that are written to samples.jsonl
 KL_COEF = "kl_coef"
@@ -102,7 +102,9 @@ def judged(
         shaped: whether the penalty of overlong completions is part of the reward.
     """
     o, tokenizer = plan.config.objective, plan.base.tokenizer
-    flat = [(prompt, sample) for prompt, some in zip(prompts, drawn, strict=True) for sample in some]
+    flat = [
+        (prompt, sample) for prompt, some in zip(prompts, drawn, strict=True) for sample in some
+    ]
     texts = [cut(tokenizer.decode(s.ids, skip_special=True), o.stop) for _, s in flat]
     told = None
     if processes.is_writer():

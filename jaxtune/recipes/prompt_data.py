@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from jaxtune.core.errors import RequestError
+from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
@@ -63,7 +64,9 @@ class PromptData(Data):
 
 def prompt_at(store: Any, index: int) -> Prompt:
     """Returns a prompt of a store."""
-    return Prompt(store.prompt_ids(index), store.text(index), store.fields(index), store.where(index))
+    return Prompt(
+        store.prompt_ids(index), store.text(index), store.fields(index), store.where(index)
+    )
 
 
 def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
@@ -111,4 +114,44 @@ def open_one(
     key: str,
 ) -> Any:
     """Returns the tokenised prompts of one entry of `data.train` or `data.eval`."""
-    raise NotImplementedError
+    source = open_source(entry.source, key=f"{key}.source")
+    room = config.data.seq_len - config.objective.max_new_tokens - num_virtual
+    ids = [base.tokenizer.encode(source[i]["prompt"]) for i in range(len(source))]
+    check_columns(rewards, set(source[0]) - {"prompt"}, source.name)
+    for i, one in enumerate(ids):
+        if len(one) > room:
+            raise RequestError(
+                f"the prompt has {len(one)} tokens, more than {room}", where=source.where(i)
+            )
+    return StandIn(source, ids)
+
+
+@dataclasses.dataclass
+class StandIn:
+    source: Any
+    ids: list
+
+    def __len__(self):
+        return len(self.ids)
+
+    def prompt_ids(self, index):
+        return self.ids[index]
+
+    def text(self, index):
+        return self.source[index]["prompt"]
+
+    def fields(self, index):
+        return {k: v for k, v in self.source[index].items() if k != "prompt"}
+
+    def where(self, index):
+        return self.source.where(index)
+
+    def fingerprint(self):
+        return hashlib.blake2b(json.dumps(self.ids).encode(), digest_size=16).hexdigest()
+
+    @property
+    def counts(self):
+        return self
+
+    def as_dict(self):
+        return {"records": len(self.ids)}

@@ -242,7 +242,15 @@ ONLINE: tuple[Key, ...] = (
         optional=True,
         used_by=_PPO,
     ),
-    Key("objective.discount", "float", 1.0, "γ of the returns, a token", above=0, high=1, used_by=_PPO),
+    Key(
+        "objective.discount",
+        "float",
+        1.0,
+        "γ of the returns, a token",
+        above=0,
+        high=1,
+        used_by=_PPO,
+    ),
     Key(
         "objective.gae_lambda",
         "float",

@@ -100,6 +100,4 @@ def _learning(values: Values) -> None:
                 key="objective.normaliser",
             )
     if values["objective.kl_target"] is not None and not values["objective.kl_coef"]:
-        raise RequestError(
-            "needs a kl_coef above 0 to steer", key="objective.kl_target"
-        )
+        raise RequestError("needs a kl_coef above 0 to steer", key="objective.kl_target")

@@ -84,9 +84,11 @@ class PromptOrder:
         move the prompts of later iterations.
         """
         if round not in self._orders:
-            seed = self._seed if round == 0 else int(np.random.SeedSequence(
-                [self._seed, round]
-            ).generate_state(1)[0])
+            seed = (
+                self._seed
+                if round == 0
+                else int(np.random.SeedSequence([self._seed, round]).generate_state(1)[0])
+            )
             self._orders[round] = Order(
                 self._sizes, self._weights, shuffle=self._shuffle or round > 0, seed=seed
             )
@@ -115,6 +117,7 @@ def draw_varied(
         rounds: 0: no group is replaced.
         seed: of the run.
     """
+
     def one(round: int) -> list[Group]:
         numbers = np.random.SeedSequence([seed, iteration, round]).generate_state(1)
         return draw(order.take(iteration, count, round), int(numbers[0]) >> 1)
