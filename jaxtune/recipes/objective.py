@@ -11,7 +11,7 @@ from jaxtune.data.batches import Batch, empty_batch
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, open_data
+from jaxtune.recipes.data import Data, batch_keys, open_data
 from jaxtune.training.feed import Source
 from jaxtune.training.step import SumLoss
 
@@ -24,9 +24,11 @@ def tokenised(config: Any, base: Base, num_virtual: int) -> Data:
     return open_data(config, base.tokenizer, base.config.vocab_size, num_virtual)
 
 
-def token_rows(config: Any, rows: int, num_virtual: int) -> Batch:
-    """Returns a batch of padding [rows, data.seq_len] with the keys that every batch has."""
-    return empty_batch(rows, config.data.seq_len, num_virtual)
+def token_rows(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
+    """Returns a batch of padding [rows, data.seq_len] with the keys that the examples give it."""
+    # A planned run may have no data here.
+    keys = batch_keys(config) if data.stream is None else data.stream.keys
+    return empty_batch(rows, config.data.seq_len, num_virtual, keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Objective:
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
             rows of `samples.jsonl`.
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
-        padding: (resolved config, rows, virtual tokens) → a batch of padding with all its keys.
+        padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all its keys.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters
             as they were before the first step.
     """
@@ -54,5 +56,5 @@ class Objective:
         stream_feed.open_feed
     )
     evaluate: Callable[[Any, Tree, Tree], dict[str, float]] = held_out.evaluate
-    padding: Callable[[Any, int, int], Batch] = token_rows
+    padding: Callable[[Any, Data, int, int], Batch] = token_rows
     keeps_start: Callable[[Any], bool] = lambda _: False

@@ -60,7 +60,7 @@ def keys_of(objective: Any) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def padding(config: Any, rows: int, num_virtual: int) -> Batch:
+def padding(config: Any, data: Any, rows: int, num_virtual: int) -> Batch:
     """Returns a batch of padding with all its keys; see `objective.Objective`."""
     shape = (rows, config.data.seq_len)
     batch = empty_batch(rows, config.data.seq_len, num_virtual)

@@ -50,14 +50,6 @@ def apply(values: Values, given: Mapping[str, Any]) -> None:
 
 
 def _data(values: Values, given: Mapping[str, Any], name: str) -> None:
-    for section in ("train", "eval"):
-        for i, entry in enumerate(values[f"data.{section}"]):
-            if entry["format"] != "prompt":
-                raise RequestError(
-                    f"{entry['format']!r} contradicts objective.name = {name!r}, which writes the "
-                    "completions itself: use format 'prompt'",
-                    key=f"data.{section}[{i}].format",
-                )
     if values["data.packing"]:
         raise RequestError(
             f"contradicts objective.name = {name!r}: a row holds one prompt and its completion",

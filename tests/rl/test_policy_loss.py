@@ -57,7 +57,7 @@ def model_of(case: str) -> ModelConfig:
 def rollouts(config: Any) -> dict[str, np.ndarray]:
     """Rows with random numbers in every key; ratios on both sides of the clip."""
     rng = np.random.default_rng(3)
-    batch = online.padding(config, ROWS, 0)
+    batch = online.padding(config, None, ROWS, 0)
     batch = {name: np.zeros((ROWS, WIDTH), array.dtype) for name, array in batch.items()}
     for row, (prompt, new) in enumerate(LENGTHS):
         size, inside = prompt + new, slice(prompt, prompt + new)
