@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from jaxtune.core.tree import Tree, combine
 from jaxtune.data.batches import Batch, empty_batch
@@ -18,9 +19,8 @@ from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
 from jaxtune.recipes.policy import observer
-from jaxtune.recipes.prompt_data import prompt_at
 from jaxtune.rl.engine import Engine, Sample, Sampling
-from jaxtune.rl.groups import Group, Prompt, draw_varied, rows_of
+from jaxtune.rl.groups import Group, Prompt, Rounds, draw_varied, prompts_at, rows_of
 from jaxtune.rl.local_engine import LocalEngine
 from jaxtune.rl.rewards.scores import score
 from jaxtune.rl.rollouts import Iteration, Rollouts, Schedule, sampler_gap
@@ -185,7 +185,7 @@ def look_at(plan: Any) -> Callable[[Tree, Tree | None, Tree, Batch], dict[str, n
 def make_roll(plan: Any, begun: Any, credit: GiveCredit) -> Callable[..., Iteration]:
     """Returns the function that makes an iteration; see `rl.rollouts.Roll`."""
     config, o = plan.config, plan.config.objective
-    engine, look = open_engine(plan), look_at(plan)
+    engine, look, order = open_engine(plan), look_at(plan), Rounds(plan.data.stream)
     sampling, virtual = sampling_of(plan, o.temperature), plan.parts.method.num_virtual
 
     def draw(prompts: Sequence[Prompt], seed: int) -> list[Group]:
@@ -194,7 +194,6 @@ def make_roll(plan: Any, begun: Any, credit: GiveCredit) -> Callable[..., Iterat
 
     def roll(state: TrainState, iteration: int, carried: Mapping[str, float]) -> Iteration:
         engine.update(combine(state.trainable, begun.frozen))
-        order = plan.data.stream.order
         rounds = o.get("dynamic_sampling", 0)
         groups, told = draw_varied(draw, order, iteration, o.prompts, rounds, config.seed)
         rows = rows_of(groups, config.data.seq_len, virtual)
@@ -305,8 +304,8 @@ def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
     o, engine = plan.config.objective, open_engine(plan)
     engine.update(combine(trainable, frozen))
     sampling, found = sampling_of(plan, o.eval_temperature), {}
-    for name, store in plan.data.evals.items():
-        prompts = [prompt_at(store, i) for i in range(len(store))]
+    for name, held in plan.data.evals.items():
+        prompts = prompts_at(held, range(len(held)))
         drawn = engine.sample(
             [prompt.ids for prompt in prompts], o.eval_samples, sampling, plan.config.seed
         )
@@ -316,3 +315,31 @@ def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
         for name, groups in found.items():
             named |= sample_metrics(groups, f"eval/{name}/")
     return named | sample_metrics([g for groups in found.values() for g in groups], "eval/")
+
+
+SAMPLED = ("reward", "reward/std", "length", "truncated", "dropped")
+FED = ("iteration", "zero_variance", "sampler_gap", "sampler_gap/max", "sampling_seconds")
+
+
+def names(plan: Any) -> set[str]:
+    """Returns the names of the metrics of rollouts and of evaluations that every run has."""
+    of_samples = [*SAMPLED, *(f"reward/{reward.name}" for reward in plan.data.rewards)]
+    sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
+    held = ["", *sources] if plan.data.evals else []
+    reference = ("rollout_kl", "rollout_kl/completion", KL_COEF)
+    return {
+        *FED,
+        *of_samples,
+        *(reference if plan.config.objective.kl_coef else ()),
+        *(f"eval/{source}{name}" for source in held for name in of_samples),
+    }
+
+
+def show(plan: Any, count: int, console: Console) -> None:
+    """Prints the first prompts and what completions are scored by."""
+    stream = plan.data.stream
+    for prompt in prompts_at(stream, stream.take(0, count)):
+        console.rule(f"{prompt.place}, {len(prompt.ids)} tokens", align="left")
+        console.print(prompt.text, markup=False, highlight=False)
+    for reward in plan.data.rewards:
+        console.print(f"reward {reward.name}, weight {reward.weight:g}", highlight=False)

@@ -79,5 +79,7 @@ OBJECTIVE = Objective(
     open_feed=functools.partial(online.open_feed, credit=credit),
     evaluate=online.evaluate,
     padding=online.padding,
+    show=online.show,
+    metrics=online.names,
     keeps_start=online.keeps_start,
 )

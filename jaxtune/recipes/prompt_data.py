@@ -1,72 +1,44 @@
-"""Config → the prompts that an online objective writes completions to."""
+"""Config → the prompts that an online objective writes completions to, and its rewards."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any
 
+import jax
+
 from jaxtune.core.errors import RequestError
+from jaxtune.data.prompts import Prompts, PromptStore, read_prompts
 from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
-from jaxtune.rl.groups import Prompt, PromptOrder
 from jaxtune.rl.rewards.named import build_rewards
 from jaxtune.rl.rewards.reward import Reward, check_columns
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The prompts of `data.train`, in the order in which iterations read them.
-
-    Attributes:
-        stores: tokenised sources.
-        weights: proportion in which prompts of each are read.
-        order: which prompts an iteration has.
-        shuffle, seed: of the order.
-    """
-
-    stores: tuple[Any, ...]
-    weights: tuple[float, ...]
-    order: PromptOrder
-    shuffle: bool
-    seed: int
+@dataclasses.dataclass(frozen=True, eq=False)
+class PromptStream(Prompts):
+    """The prompts of a run, as `recipes.data.Data.stream`."""
 
     def stats(self) -> dict[str, Any]:
         """Returns counts of the sources."""
         return {
             "sources": [store.counts.as_dict() for store in self.stores],
-            "prompts": sum(len(store) for store in self.stores),
+            "prompts": len(self),
+            "longest_prompt": self.longest,
         }
-
-    def fingerprint(self) -> str:
-        """Returns a hash of everything that decides the prompts, in hexadecimal."""
-        facts = [
-            [store.fingerprint() for store in self.stores],
-            list(self.weights),
-            [self.shuffle, self.seed],
-        ]
-        return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptData(Data):
-    """The data of a run that samples: `stream` is `Prompts`, `evals` are stores of prompts.
+    """The data of a run that samples: `stream` and `evals` are `PromptStream`s.
 
     Attributes:
         rewards: what completions are scored by.
     """
 
     rewards: tuple[Reward, ...] = ()
-
-
-def prompt_at(store: Any, index: int) -> Prompt:
-    """Returns a prompt of a store."""
-    return Prompt(
-        store.prompt_ids(index), store.text(index), store.fields(index), store.where(index)
-    )
 
 
 def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
@@ -82,76 +54,45 @@ def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
             "missing: rewards read the completions as text, which needs a tokenizer",
             key="model.tokenizer",
         )
-    stores = [
-        open_one(entry, config, base, num_virtual, rewards, f"data.train[{i}]")
-        for i, entry in enumerate(config.data.train)
-    ]
-    evals = {
-        entry.name: open_one(entry, config, base, num_virtual, rewards, f"data.eval[{i}]")
-        for i, entry in enumerate(config.data.eval)
-    }
-    weights = tuple(entry.weight for entry in config.data.train)
-    order = PromptOrder(
-        [len(store) for store in stores],
-        weights,
-        lambda source, number: prompt_at(stores[source], number),
-        shuffle=config.data.shuffle,
+
+    def opened(entry: Any, key: str) -> PromptStore:
+        return open_one(entry, config, base, num_virtual, key)
+
+    data = config.data
+    stores = [opened(entry, f"data.train[{i}]") for i, entry in enumerate(data.train)]
+    stream = PromptStream(
+        tuple(stores),
+        tuple(entry.weight for entry in data.train),
+        shuffle=data.shuffle,
         seed=config.seed,
     )
-    stream = Prompts(tuple(stores), weights, order, config.data.shuffle, config.seed)
+    evals = {
+        entry.name: PromptStream((opened(entry, f"data.eval[{i}]"),), shuffle=False)
+        for i, entry in enumerate(data.eval)
+    }
+    for prompts in (stream, *evals.values()):
+        check_columns(rewards, prompts.names, prompts.stores[0].source.name)
     steps = config.total_steps
     ratio = round(config.optim.get("warmup_ratio", 0.0) * steps)
     warmup = config.optim.get("warmup_steps", ratio)
     return PromptData(stream, Budget(steps), warmup, evals, rewards)
 
 
-def open_one(
-    entry: Any,
-    config: Any,
-    base: Base,
-    num_virtual: int,
-    rewards: tuple[Reward, ...],
-    key: str,
-) -> Any:
+def open_one(entry: Any, config: Any, base: Base, num_virtual: int, key: str) -> PromptStore:
     """Returns the tokenised prompts of one entry of `data.train` or `data.eval`."""
-    source = open_source(entry.source, key=f"{key}.source")
     room = config.data.seq_len - config.objective.max_new_tokens - num_virtual
-    ids = [base.tokenizer.encode(source[i]["prompt"]) for i in range(len(source))]
-    check_columns(rewards, set(source[0]) - {"prompt"}, source.name)
-    for i, one in enumerate(ids):
-        if len(one) > room:
-            raise RequestError(
-                f"the prompt has {len(one)} tokens, more than {room}", where=source.where(i)
-            )
-    return StandIn(source, ids)
-
-
-@dataclasses.dataclass
-class StandIn:
-    source: Any
-    ids: list
-
-    def __len__(self):
-        return len(self.ids)
-
-    def prompt_ids(self, index):
-        return self.ids[index]
-
-    def text(self, index):
-        return self.source[index]["prompt"]
-
-    def fields(self, index):
-        return {k: v for k, v in self.source[index].items() if k != "prompt"}
-
-    def where(self, index):
-        return self.source.where(index)
-
-    def fingerprint(self):
-        return hashlib.blake2b(json.dumps(self.ids).encode(), digest_size=16).hexdigest()
-
-    @property
-    def counts(self):
-        return self
-
-    def as_dict(self):
-        return {"records": len(self.ids)}
+    asked = config.data.max_prompt
+    if asked is not None and asked > room:
+        raise RequestError(
+            f"{asked} is more than the {room} tokens that data.seq_len = {config.data.seq_len} "
+            f"leaves beside objective.max_new_tokens = {config.objective.max_new_tokens}"
+            + (f" and {num_virtual} virtual tokens" if num_virtual else ""),
+            key="data.max_prompt",
+        )
+    return read_prompts(
+        open_source(entry.source, key=f"{key}.source", lazily=jax.process_count() > 1),
+        base.tokenizer,
+        max_prompt=room if asked is None else asked,
+        overlong=config.data.overlong,
+        key=key,
+    )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxtune.data.batches import Batch, empty_batch, put_segment
-from jaxtune.data.order import Order
+from jaxtune.data.prompts import Prompts
 from jaxtune.objectives.advantages import zero_variance
 from jaxtune.rl.engine import Sample
 
@@ -55,54 +55,46 @@ class Group:
 Draw = Callable[[Sequence[Prompt], int], list[Group]]
 
 
-class PromptOrder:
-    """Which prompts an iteration reads: every pass over the data is in a new order.
+def prompts_at(prompts: Prompts, numbers: Sequence[int]) -> list[Prompt]:
+    """Returns the prompts of these numbers."""
+    columns = prompts.columns(numbers)
+    return [
+        Prompt(
+            prompts.ids(number).tolist(),
+            prompts.text(number),
+            {name: values[i] for name, values in columns.items()},
+            prompts.where(number),
+        )
+        for i, number in enumerate(numbers)
+    ]
 
-    Args:
-        sizes, weights: of the sources; see `data.order.Order`.
-        prompt: (source, number) → the prompt.
-        shuffle, seed: of the order.
+
+class Rounds:
+    """Which prompts a round of an iteration reads, a function of the numbers of both.
+
+    Each round has an order of its own, so that rounds which are needed now and then do not move
+    the prompts of later iterations.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        weights: Sequence[float],
-        prompt: Callable[[int, int], Prompt],
-        *,
-        shuffle: bool,
-        seed: int,
-    ) -> None:
-        self._sizes, self._weights, self._prompt = sizes, weights, prompt
-        self._shuffle, self._seed = shuffle, seed
-        self._orders: dict[int, Order] = {}
+    def __init__(self, prompts: Prompts) -> None:
+        self._orders = [prompts]
 
     def take(self, iteration: int, count: int, round: int) -> list[Prompt]:
-        """Returns the prompts of a round of an iteration, a function of the three numbers.
+        """Returns `count` prompts."""
+        first = self._orders[0]
+        while len(self._orders) <= round:
+            seed = seed_of(first.seed, len(self._orders))
+            self._orders.append(dataclasses.replace(first, shuffle=True, seed=seed))
+        return prompts_at(first, self._orders[round].take(iteration * count, count))
 
-        Each round has an order of its own, so that rounds which are needed now and then do not
-        move the prompts of later iterations.
-        """
-        if round not in self._orders:
-            seed = (
-                self._seed
-                if round == 0
-                else int(np.random.SeedSequence([self._seed, round]).generate_state(1)[0])
-            )
-            self._orders[round] = Order(
-                self._sizes, self._weights, shuffle=self._shuffle or round > 0, seed=seed
-            )
-        order = self._orders[round]
-        numbers = order.examples(iteration * count, (iteration + 1) * count)
-        sources = np.searchsorted(order.bases, numbers, side="right") - 1
-        return [
-            self._prompt(int(s), int(n - order.bases[s]))
-            for s, n in zip(sources, numbers, strict=True)
-        ]
+
+def seed_of(*numbers: int) -> int:
+    """Returns a seed below 2³¹ that is made of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def draw_varied(
-    draw: Draw, order: PromptOrder, iteration: int, count: int, rounds: int, seed: int
+    draw: Draw, order: Rounds, iteration: int, count: int, rounds: int, seed: int
 ) -> tuple[list[Group], dict[str, float]]:
     """Returns the groups of an iteration, and what is to be told of them.
 
@@ -119,8 +111,7 @@ def draw_varied(
     """
 
     def one(round: int) -> list[Group]:
-        numbers = np.random.SeedSequence([seed, iteration, round]).generate_state(1)
-        return draw(order.take(iteration, count, round), int(numbers[0]) >> 1)
+        return draw(order.take(iteration, count, round), seed_of(seed, iteration, round))
 
     groups = first = one(0)
     flat = [bool(zero_variance(group.rewards[None])[0]) for group in groups]
