@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes import schema_rules_online
-from jaxtune.recipes.schema_formats import check_formats
+from jaxtune.recipes.schema_formats import check_formats, check_overlong
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
@@ -102,6 +102,7 @@ def _data(values: Values) -> None:
                 )
     check_formats(values["objective.name"], "train", train)
     check_formats(values["objective.name"], "eval", held_out)
+    check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
         raise RequestError(
