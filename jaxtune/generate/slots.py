@@ -205,8 +205,8 @@ def programs(config: ModelConfig, method: Method) -> Programs:
         cache = decoder.hidden_states(config, method, params, prompts.batch, cache=cache).cache
         return spread_cache(
             decoder.Cache(
-                cache.keys[:, :, :width],
-                cache.values[:, :, :width],
+                cache.keys[:, :, :, :width],
+                cache.values[:, :, :, :width],
                 cache.segment_ids[:, :width],
                 cache.positions[:, :width],
                 cache.length,
@@ -224,13 +224,13 @@ def programs(config: ModelConfig, method: Method) -> Programs:
 
     @functools.partial(jax.jit, donate_argnums=0)
     def enter(slots: Slots, prompts: decoder.Cache, entry: Entry) -> Slots:
-        at, width, held = entry.slots, prompts.keys.shape[2], slots.cache
+        at, width, held = entry.slots, prompts.keys.shape[3], slots.cache
 
         def put(array, value):
             return array.at[at].set(value, mode="drop")
 
         def prompt_columns(array, read):
-            return array.at[:, at, :width].set(read[:, entry.sources], mode="drop")
+            return array.at[:, at, :, :width].set(read[:, entry.sources], mode="drop")
 
         def all_columns(array, read):
             new = array.shape[1] - width
