@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import sft
+from jaxtune.recipes import reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
+    "reward": reward.OBJECTIVE,
 }

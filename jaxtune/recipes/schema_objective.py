@@ -12,8 +12,8 @@ OBJECTIVE: tuple[Key, ...] = (
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain"),
-        refused={name: _LATER for name in ("reward", "dpo", "grpo", "ppo", "distill")},
+        choices=("sft", "pretrain", "reward"),
+        refused={name: _LATER for name in ("dpo", "grpo", "ppo", "distill")},
     ),
     Key(
         "objective.balance",
@@ -21,5 +21,13 @@ OBJECTIVE: tuple[Key, ...] = (
         0.0,
         "coefficient of the load-balancing loss; for models with experts",
         low=0,
+    ),
+    Key(
+        "objective.centering",
+        "float",
+        0.0,
+        "coefficient of (chosen + rejected)², which holds scores around 0; of pairs",
+        low=0,
+        used_by=(("objective.name", ("reward",)),),
     ),
 )
