@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import grpo, ppo, sft
+from jaxtune.recipes import grpo, ppo, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -10,4 +10,5 @@ OBJECTIVES: dict[str, Objective] = {
     "pretrain": sft.OBJECTIVE,
     "grpo": grpo.OBJECTIVE,
     "ppo": ppo.OBJECTIVE,
+    "reward": reward.OBJECTIVE,
 }

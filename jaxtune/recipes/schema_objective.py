@@ -39,8 +39,8 @@ OBJECTIVE: tuple[Key, ...] = (
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain", "grpo", "ppo"),
-        refused={name: _LATER for name in ("reward", "dpo", "distill")},
+        choices=("sft", "pretrain", "reward", "grpo", "ppo"),
+        refused={name: _LATER for name in ("dpo", "distill")},
     ),
     Key(
         "objective.balance",
@@ -56,6 +56,14 @@ OBJECTIVE: tuple[Key, ...] = (
         "what completions are scored by; the total is the weighted sum",
         entry=REWARD_ENTRY,
         used_by=(("objective.name", ("grpo", "ppo")),),
+    ),
+    Key(
+        "objective.centering",
+        "float",
+        0.0,
+        "coefficient of (chosen + rejected)², which holds scores around 0; of pairs",
+        low=0,
+        used_by=(("objective.name", ("reward",)),),
     ),
     *ONLINE,
 )
