@@ -21,8 +21,12 @@ class Objective:
         trained: what training minimises.
         held_out: what evaluation measures.
         likelihood: whether the held-out loss is nats a token, so that it has a perplexity.
+        at_start: of an objective with a reference, which is the policy at step 0: resolved
+            `objective` section → the preference loss where both are one, None where the data
+            decide it; see `recipes.reference`.
     """
 
     trained: MakeLoss
     held_out: MakeLoss
     likelihood: bool
+    at_start: Callable[[Any], float | None] | None = None
