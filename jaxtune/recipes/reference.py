@@ -20,12 +20,17 @@ from jaxtune.models.decoder import abstract_params
 from jaxtune.peft.method import FROZEN
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import BASE
+from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.scores import INPUTS, predictions
 
 COLUMN = "ref_logprobs"
 # How far the first batch may be from the reference: relative for the loss, in nats a token for the
 # log-probabilities. Two programs compute them, and bfloat16 keeps 8 bits.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+class WrongReference(RuntimeError):
+    """The policy at step 0 is not the reference."""
 
 
 def adapters_off(parts: Parts, init_from: str | None) -> bool:
@@ -39,6 +44,18 @@ def adapters_off(parts: Parts, init_from: str | None) -> bool:
         return False
     kinds = flatten(parts.labels)
     return all(kinds[path] == FROZEN for path in flatten(abstract_params(parts.config, BASE)))
+
+
+def needs_column(objective: Objective, config: Any, parts: Parts) -> bool:
+    """Tells whether a run's reference is a column of its data.
+
+    Args:
+        objective: of the run.
+        config: resolved.
+        parts: the model.
+    """
+    referred = objective.at_start is not None
+    return referred and not adapters_off(parts, config.peft.get("init_from"))
 
 
 def base_of(config: ModelConfig, params: Tree) -> Tree:
@@ -62,24 +79,24 @@ def base_logprobs(
     return predictions(config, BASE, base, inputs, shards=shards).scores.logprobs
 
 
-def at_start(wanted: float | None, found: Mapping[str, Any], dtype: str) -> str | None:
-    """Returns what is wrong with a policy that should be its reference, or None.
+def check_start(wanted: float | None, found: Mapping[str, float], dtype: str) -> None:
+    """Raises WrongReference unless the policy is its reference (CORRECTNESS C21).
 
     Args:
-        wanted: the loss where policy and reference are one; None: not known beforehand.
-        found: means over a batch: `loss`, and `drift`, |log π − log π_ref| a token in nats.
+        wanted: the loss of pairs where policy and reference are one; None: the data decide it.
+        found: means over a batch before the first update: `loss/preference` or `loss`, `margin`
+            where there are pairs, and `drift`, |log π − log π_ref| a token in nats.
         dtype: of the computation.
     """
     allowed = TOLERANCES[dtype]
-    drift, loss = float(found["drift"]), float(found["loss"])
-    if not drift <= allowed:
-        return (
-            f"policy and reference differ by {drift:.3g} nats a token before the first update, "
-            f"more than {allowed:g}: the reference is not the policy at step 0"
+    if not found["drift"] <= allowed:
+        raise WrongReference(
+            f"policy and reference differ by {found['drift']:.3g} nats a token before the first "
+            f"update, more than {allowed:g}: the reference is not the policy at step 0"
         )
+    loss = found.get("loss/preference", found["loss"])
     if wanted is not None and not math.isclose(loss, wanted, rel_tol=10 * allowed):
-        return (
-            f"the preference loss of the first batch is {loss:.6g} before the first update, and "
-            f"{wanted:.6g} where policy and reference are one"
+        raise WrongReference(
+            f"the preference loss of the first batch is {loss:.6g} before the first update; where "
+            f"policy and reference are one it is {wanted:.6g}"
         )
-    return None

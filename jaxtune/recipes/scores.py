@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.core.tree import Tree
 from jaxtune.models import decoder
 from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.logprobs import LOGITS_BYTES, Scores, token_scores
-from jaxtune.parallel.sequence import balanced, sequence_shards
+from jaxtune.parallel.sequence import balanced, sequence_shards, zigzag
 from jaxtune.peft.method import Method
 
 SPREAD_HEAD = 4  # times LOGITS_BYTES: about a thousand tokens of a vocabulary of 128k
@@ -59,6 +60,21 @@ def target_side(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
     kept = {n: array if n in INPUTS else moved(array) for n, array in batch.items()}
     return kept | {"targets": moved(batch["input_ids"])}
+
+
+def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
+    """Returns values [B, T] of `Predictions` at the tokens' own places; 0 at a row's first.
+
+    Args:
+        values: one of the arrays of a `Predictions`.
+        branched: whether its batch has `branches`.
+    """
+    if branched:
+        return values
+    shards = sequence_shards()
+    if shards > 1:
+        values = values[:, np.argsort(zigzag(values.shape[1], shards))]
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
 
 
 def predicting_places(branches: jax.Array) -> jax.Array:
