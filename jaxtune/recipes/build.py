@@ -28,7 +28,7 @@ from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, open_data
+from jaxtune.recipes.data import Data, batch_keys, open_data
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.runs import open_base
@@ -85,7 +85,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual)
+        # A planned run may have no data here.
+        keys = batch_keys(self.config) if self.data.stream is None else self.data.stream.keys
+        one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual, keys)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,
