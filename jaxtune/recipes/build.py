@@ -31,6 +31,7 @@ from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, batch_keys, open_data
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -87,6 +88,8 @@ class Plan:
         _, frozen = self.parts.split(self.parts.shapes)
         # A planned run may have no data here.
         keys = batch_keys(self.config) if self.data.stream is None else self.data.stream.keys
+        if needs_column(OBJECTIVES[self.config.objective.name], self.config, self.parts):
+            keys = (*keys, COLUMN)
         one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual, keys)
         batch = abstract_batch(
             self.config.batch_size,

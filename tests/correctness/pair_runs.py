@@ -29,7 +29,7 @@ def write_tokenizer(directory: Path) -> str:
 
 
 def words(rng: np.random.Generator, low: int, high: int) -> str:
-    """Between low and high - 1 words, of which those below `WORDS` / 2 are liked."""
+    """Between low and high - 1 words."""
     return " ".join(f"w{i}" for i in rng.integers(0, WORDS, rng.integers(low, high)))
 
 

@@ -75,7 +75,7 @@ def pair_batch(
     return batch
 
 
-def config_of(peft: dict[str, Any], objective: dict[str, Any], format: str = "tokens"):
+def config_of(peft: dict[str, Any], objective: dict[str, Any], format: str = "preference"):
     """The resolved config that an objective's loss is made of."""
     data = {"train": [{"source": "jsonl:none", "format": format}], "seq_len": WIDTH}
     return resolve(
