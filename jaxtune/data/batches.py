@@ -94,27 +94,23 @@ def put_example(
         ids: int32 [n].
         mask: float32 [n].
         columns: {name: array [n]}, as `TokenStore.example_columns` gives them.
-        shared: whether completions share their prompt, in one segment; else each one is a segment
-            of its own behind a copy of the prompt.
+        shared: whether completions share their prompt; see `columns.segments`.
         num_virtual: slots before each segment.
     """
     start, segment, completions, groups = cursor
-    for places in segments(columns.get("branches"), len(ids), shared):
-        part_mask = mask[places]
-        end = put_segment(batch, row, start, segment, ids[places], part_mask, num_virtual)
+    for places, branches, positions in segments(columns.get("branches"), len(ids), shared):
+        trained = mask[places]
+        end = put_segment(batch, row, start, segment, ids[places], trained, num_virtual)
         here = (row, slice(start + num_virtual, end))
         for name, column in columns.items():
             if name in batch:
                 batch[name][here] = column[places]
         for name, before in (("completions", completions), ("groups", groups)):
             if name in batch:
-                batch[name][here] += np.where(part_mask > 0, before, 0).astype(np.int32)
-        if shared and "branches" in columns:
-            branches = columns["branches"]
-            sizes = np.bincount(branches)
-            own = np.arange(len(ids)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            own[sizes[0] :] += sizes[0]
-            batch["positions"][here] = own + num_virtual
+                batch[name][here] += np.where(trained > 0, before, 0).astype(np.int32)
+        if branches is not None:
+            batch["branches"][here] = branches
+            batch["positions"][here] = positions + num_virtual
         start, segment = end, segment + 1
     more = int(columns["completions"].max()) if "completions" in columns else 0
     return Cursor(start, segment, completions + more, groups + 1)
@@ -167,8 +163,8 @@ def placed_batches(
     """Yields what `eval_batches` yields, and where each token is in the store's flat arrays.
 
     So what is computed a token can become a column: `flat[places[places >= 0]] =
-    values[places >= 0]`, then `store.with_column(name, flat)`. A prompt that several segments
-    repeat has its place in each of them.
+    values[places >= 0]`, then `store.with_column(name, flat)`. A token of a prompt that is
+    written several times has its place each time.
 
     Args:
         store, batch_size, seq_len, num_virtual, rows: as for `eval_batches`.
@@ -186,7 +182,7 @@ def placed_batches(
                 branches = store.example_columns(index).get("branches")
                 cursor = 0
                 for part in segments(branches, size, store.shared):
-                    own = np.arange(starts[index], starts[index + 1])[part]
+                    own = np.arange(starts[index], starts[index + 1])[part.places]
                     cursor += num_virtual
                     places[row, cursor : cursor + len(own)] = own
                     cursor += len(own)

@@ -7,8 +7,9 @@ A batch key of these stands on every token that it belongs to, 0 elsewhere:
   rejected of pair k. In judged answers each step counts as one.
 - `groups` int32, where ranked lists are: which list of the row, 1, 2, ...; its completions follow
   one another, the best first. A pair is a list of two.
-- `branches` int32, where prompts are shared: 0 on the prompt, 1, 2, ... on its completions. A
-  token sees the keys of its segment whose branch is 0 or its own.
+- `branches` int32, where prompts are shared: 0 on the prompt, 1, 2, ... on its completions, each of
+  which begins with a copy of the prompt's last token. A token sees the keys of its segment whose
+  branch is 0 or its own.
 - `example_weight` float32: of the example, on its targets.
 - `margin` float32: of the pair, on its targets; 0 in ranked lists.
 - `label` float32: of an unpaired completion on its targets, of a step on its last token.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,22 +70,52 @@ def example_columns(
     return out | columns
 
 
-def segments(branches: np.ndarray | None, size: int, shared: bool) -> list[np.ndarray | slice]:
-    """Returns which tokens of an example make up each of its segments, in order.
+class Segment(NamedTuple):
+    """One segment of a row, as an example is written into it.
+
+    Attributes:
+        places: which token of the example stands at each place, int [m].
+        branches: int32 [m], where completions share a prompt; else None.
+        positions: int [m].
+    """
+
+    places: np.ndarray | slice
+    branches: np.ndarray | None
+    positions: np.ndarray
+
+
+def segments(branches: np.ndarray | None, size: int, shared: bool) -> list[Segment]:
+    """Returns the segments that an example is written as, in order.
+
+    Completions that share their prompt are one segment; else each is one, behind a copy of the
+    prompt. Of a shared prompt the last token is written once in front of each completion, as the
+    first token of its branch: so every target stands behind the token that predicts it.
 
     Args:
-        branches: int32 [n] of the example, or None where it has none.
+        branches: int32 [n] of the example, ascending from 0, or None where it has none.
         size: n.
-        shared: whether the completions of a prompt share it: then all are one segment, else each
-            completion is one behind a prompt of its own.
+        shared: whether completions share their prompt.
     """
-    if branches is None or shared:
-        return [slice(0, size)]
+    if branches is None:
+        return [Segment(slice(0, size), None, np.arange(size))]
     bounds = np.searchsorted(branches, np.arange(branches[-1] + 2))
     prompt = np.arange(bounds[1])
-    return [
-        np.concatenate([prompt, np.arange(start, end)])
+    kept = prompt[:-1] if shared else prompt
+    sides = [
+        np.concatenate([prompt[len(kept) :], np.arange(start, end)])
         for start, end in itertools.pairwise(bounds[1:])
+    ]
+    if not shared:
+        whole = [np.concatenate([prompt, side]) for side in sides]
+        return [Segment(places, None, np.arange(len(places))) for places in whole]
+    lengths = [len(side) for side in sides]
+    numbers = np.repeat(np.arange(1, len(sides) + 1, dtype=np.int32), lengths)
+    return [
+        Segment(
+            np.concatenate([kept, *sides]),
+            np.concatenate([np.zeros(len(kept), np.int32), numbers]),
+            np.concatenate([kept, *(len(kept) + np.arange(n) for n in lengths)]),
+        )
     ]
 
 
@@ -99,5 +131,6 @@ def room(
         shared: as for `segments`.
         num_virtual: slots of prompt tuning at the start of each segment.
     """
-    copies = np.ones_like(sides) if shared else sides
-    return lengths + (copies - 1) * prompts + copies * num_virtual
+    if shared:
+        return lengths + (sides - 1) * (prompts > 0) + num_virtual
+    return lengths + (sides - 1) * prompts + sides * num_virtual

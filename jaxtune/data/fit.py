@@ -33,8 +33,8 @@ def truncated(item: Rendered, seq_len: int, shared: bool, num_virtual: int) -> R
         return item if item.mask.any() else None
     sizes = np.bincount(branches)
     prompt, sides = int(sizes[0]), sizes[1:]
-    copies = 1 if shared else len(sides)
-    kept = _level(sides, seq_len - copies * (prompt + num_virtual))
+    fixed = room_of(item, shared, num_virtual) - int(sides.sum())
+    kept = _level(sides, seq_len - fixed)
     if kept < 1:
         return None
     starts = np.cumsum(sizes)[:-1]

@@ -84,13 +84,18 @@ def most_completions(data: Data, seq_len: int, packing: bool, num_virtual: int) 
     return max(trained, held_out)
 
 
+def formats_of(config: Any) -> list[str]:
+    """Returns the formats of a config's data as they are trained: split pairs are unpaired."""
+    name = config.objective.name
+    return [
+        "unpaired" if splits_pairs(name, entry.format) else entry.format
+        for entry in (*config.data.train, *config.data.eval)
+    ]
+
+
 def batch_keys(config: Any) -> tuple[str, ...]:
     """Returns the batch keys beside those of every batch, as the formats of a config say."""
-    name, packing = config.objective.name, config.data.packing
-    formats = [
-        "unpaired" if splits_pairs(name, entry.format) else entry.format
-        for entry in config.data.train
-    ]
+    formats, packing = formats_of(config)[: len(config.data.train)], config.data.packing
     return tuple(dict.fromkeys(key for format in formats for key in keys_of(format, packing)))
 
 

@@ -69,23 +69,26 @@ def test_a_pair_is_two_segments_of_a_row(words):
 
 
 def test_packed_pairs_share_their_prompts(words):
-    store = tokenize(source_of([ONE, TWO]), "preference", words, seq_len=14, shared=True)
-    stream = Stream([store], seq_len=14, packing=True, shuffle=False)
+    """The last token of a prompt is written in front of each completion, which it predicts."""
+    store = tokenize(source_of([ONE, TWO]), "preference", words, seq_len=16, shared=True)
+    assert store.room(0).tolist() == [8, 7]
+    stream = Stream([store], seq_len=16, packing=True, shuffle=False)
     assert stream.rows_per_epoch(0) == 1 and stream.keys == store.keys
     row = {name: array.tolist() for name, array in stream.row(0).items()}
     assert row == {
-        "input_ids": [2, 3, 4, EOS, 5, 6, EOS, 7, 8, 9, EOS, 4, EOS, 0],
-        "loss_mask": [0, 0, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 0],
-        "segment_ids": [1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0],
-        "positions": [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 3, 1, 2, 0],
-        "completions": [0, 0, 1, 1, 2, 2, 2, 0, 3, 3, 3, 4, 4, 0],
-        "branches": [0, 0, 1, 1, 2, 2, 2, 0, 1, 1, 1, 2, 2, 0],
-        "example_weight": [0, 0, 2, 2, 2, 2, 2, 0, 1, 1, 1, 1, 1, 0],
-        "margin": [0, 0, *[0.5] * 5, *[0] * 7],
+        "input_ids": [2, 3, 4, EOS, 3, 5, 6, EOS, 7, 8, 9, EOS, 7, 4, EOS, 0],
+        "loss_mask": [0, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1, 0],
+        "segment_ids": [1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 0],
+        "positions": [0, 1, 2, 3, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0],
+        "completions": [0, 0, 1, 1, 0, 2, 2, 2, 0, 3, 3, 3, 0, 4, 4, 0],
+        "branches": [0, 1, 1, 1, 2, 2, 2, 2, 1, 1, 1, 1, 2, 2, 2, 0],
+        "example_weight": [0, 0, 2, 2, 0, 2, 2, 2, 0, 1, 1, 1, 0, 1, 1, 0],
+        "margin": [0, 0, 0.5, 0.5, 0, 0.5, 0.5, 0.5, *[0] * 8],
     }
     assert stream.most_completions >= 4
     # Held-out rows hold one pair, its prompt shared too.
-    assert rows(next(eval_batches(store, 1, 8)))["branches"] == [0, 0, 1, 1, 2, 2, 2, 0]
+    (held_out, _) = eval_batches(store, 1, 8)
+    assert rows(held_out)["branches"] == [0, 1, 1, 1, 2, 2, 2, 2]
 
 
 def test_virtual_tokens_begin_each_segment(words):
@@ -93,7 +96,7 @@ def test_virtual_tokens_begin_each_segment(words):
         store = tokenize(
             source_of([ONE]), "preference", words, seq_len=13, num_virtual=2, shared=shared
         )
-        assert store.room(2).tolist() == [9 if shared else 13]
+        assert store.room(2).tolist() == [10 if shared else 13]
         return rows(next(eval_batches(store, 1, 13, 2)))
 
     apart, together = row(False), row(True)
@@ -101,19 +104,21 @@ def test_virtual_tokens_begin_each_segment(words):
     assert apart["positions"] == [*range(6), *range(7)]
     assert apart["completions"] == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 2, 2, 2]
     assert together["virtual"] == [0, 1, *[-1] * 11]
-    assert together["positions"] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 0, 0, 0, 0]
+    assert together["branches"] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 0, 0, 0]
+    assert together["positions"] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 6, 0, 0, 0]
 
 
 def test_ranked_lists_unpaired_answers_and_steps(words):
     record = {"prompt": written(2), "completions": [written(3), written(4), written(5)]}
     store = tokenize(
-        source_of([record | {"scores": [1, 2, 3]}, record]), "ranked", words, seq_len=16,
+        source_of([record | {"scores": [1, 2, 3]}, record]), "ranked", words, seq_len=18,
         shared=True,
     )  # fmt: skip
-    row = Stream([store], seq_len=16, packing=True, shuffle=False).row(0)
-    assert row["input_ids"].tolist() == [2, 5, 1, 4, 1, 3, 1, 2, 3, 1, 4, 1, 5, 1, 0, 0]
-    assert row["completions"].tolist() == [0, 1, 1, 2, 2, 3, 3, 0, 4, 4, 5, 5, 6, 6, 0, 0]
-    assert row["groups"].tolist() == [0, *[1] * 6, 0, *[2] * 6, 0, 0]
+    row = Stream([store], seq_len=18, packing=True, shuffle=False).row(0)
+    assert row["input_ids"].tolist() == [2, 5, 1, 2, 4, 1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 5, 1]
+    assert row["completions"].tolist() == [0, 1, 1, 0, 2, 2, 0, 3, 3, 0, 4, 4, 0, 5, 5, 0, 6, 6]
+    assert row["groups"].tolist() == [0, 1, 1] * 3 + [0, 2, 2] * 3
+    assert row["branches"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3] * 2
 
     records = [
         {"prompt": written(2), "completion": written(3), "label": True, "weight": 3},
@@ -155,7 +160,7 @@ def test_completions_are_cut_alike(words):
     store, counts = kept(10, overlong="truncate")
     assert store.example(0)[0].tolist() == [2, 3, 4, EOS, 5, 6, 7, 8]
     assert (counts.truncated, counts.tokens_truncated, counts.dropped) == (1, 1, 0)
-    store, counts = kept(7, overlong="truncate", shared=True)
+    store, counts = kept(8, overlong="truncate", shared=True)
     assert store.example(0)[0].tolist() == [2, 3, 4, EOS, 5, 6, 7]
     store, counts = kept(6, overlong="truncate")  # each side of the first pair would keep one
     assert store.example(0)[0].tolist() == [2, 3, 4, 5]
