@@ -77,15 +77,14 @@ def outcomes() -> dict[str, Any]:
         me, given["scores"], given["old"], given["reference"], mask
     )
     found["rewards"], found["kl"] = (rewards * mask).tolist(), (kl * mask).tolist()
-    for name, whiten in (("advantages", False), ("advantages_of_whitened", True)):
-        config.whiten_rewards = whiten
-        _, advantages, returns = PPOTrainer.compute_advantages(
-            me, given["old_values"], rewards, mask
-        )
-        found[name] = (advantages * mask).tolist()
-        if not whiten:
-            found["returns"] = (returns * mask).tolist()
-            kept = advantages, returns
+    kept = PPOTrainer.compute_advantages(me, given["old_values"], rewards, mask)[1:]
+    found["advantages"], found["returns"] = ((x * mask).tolist() for x in kept)
+    # On whole rows: TRL's whitening leaves numbers on the padding, which its advantages then count.
+    config.whiten_rewards = True
+    _, whole, _ = PPOTrainer.compute_advantages(
+        me, given["old_values"], given["old"], torch.ones_like(mask)
+    )
+    found["advantages_of_whitened"] = whole.tolist()
     leaves = [given[name].clone().requires_grad_() for name in ("policy", "values")]
     policy, value, stats = PPOTrainer.loss(
         me, given["old"], given["old_values"], given["logits"], leaves[1], leaves[0], mask, *kept
