@@ -31,6 +31,7 @@ from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -90,9 +91,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        one = self.objective.padding(
-            self.config, self.data, 1, self.parts.method.num_virtual
-        )
+        one = self.objective.padding(self.config, self.data, 1, self.parts.method.num_virtual)
+        if needs_column(self.objective, self.config, self.parts):
+            one[COLUMN] = np.zeros((1, self.config.data.seq_len), np.float32)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,

@@ -56,6 +56,9 @@ class Objective:
         metrics: (plan) → names of metrics beside the step's: of the feed and of evaluations.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters
             as they were before the first step.
+        at_start: of an objective with a reference, which is the policy at step 0: resolved
+            `objective` section → the preference loss where both are one, None where the data
+            decide it; see `recipes.reference`.
     """
 
     trained: MakeLoss
@@ -70,3 +73,4 @@ class Objective:
     show: Callable[[Any, int, Console], None] = show_rows
     metrics: Callable[[Any], set[str]] = held_out.names
     keeps_start: Callable[[Any], bool] = lambda _: False
+    at_start: Callable[[Any], float | None] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import grpo, ppo, reward, sft
+from jaxtune.recipes import grpo, ppo, preference, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -11,4 +11,8 @@ OBJECTIVES: dict[str, Objective] = {
     "grpo": grpo.OBJECTIVE,
     "ppo": ppo.OBJECTIVE,
     "reward": reward.OBJECTIVE,
+    "dpo": preference.DPO,
+    "orpo": preference.ORPO,
+    "simpo": preference.SIMPO,
+    "cpo": preference.CPO,
 }

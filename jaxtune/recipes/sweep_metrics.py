@@ -28,4 +28,3 @@ def metric_names(config: Mapping[str, Any]) -> set[str]:
         names = {*COUNTS, *TIMES, *report} - {BAD_LEAF}
         names |= plan.objective.metrics(plan)
     return names
-

@@ -15,8 +15,7 @@ SEQ, NEW = 16, 8
 
 def write_tokenizer(directory: Path) -> Path:
     """Writes a tokenizer of one id a letter, `</s>` and `<s>`, which it puts first."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from tokenizers import decoders
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", EOS, *LETTERS])}
