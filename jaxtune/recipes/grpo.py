@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, combine
 from jaxtune.core.weighted import Weighted, weighted
 from jaxtune.data.batches import Batch
@@ -20,8 +21,9 @@ from jaxtune.recipes import online
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.online import KL_COEF, Credit
-from jaxtune.recipes.policy import View, view
+from jaxtune.recipes.policy import View, base_reference, view
 from jaxtune.recipes.prompt_data import open_prompts
+from jaxtune.recipes.reference import adapters_off
 from jaxtune.recipes.scores import chunk_bytes
 from jaxtune.training.step import Loss, SumLoss
 
@@ -68,7 +70,9 @@ def policy_terms(
         estimates = kl.k3(jax.lax.stop_gradient(seen.logprobs), batch["ref_logprobs"])
         metrics["kl"] = weighted(estimates, weights)
         if o.kl_in == "loss":
-            charged = kl.LOSSES[o.kl_estimator](seen.logprobs, batch["ref_logprobs"])
+            charged = seen.kl
+            if charged is None:
+                charged = kl.LOSSES[o.kl_estimator](seen.logprobs, batch["ref_logprobs"])
             losses = losses + batch[KL_COEF] * charged
     terms = {"policy": NORMALISERS[normaliser](o, losses, weights, completions)}
     if o.entropy_coef:
@@ -82,8 +86,13 @@ def policy_terms(
 
 
 def grpo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
-    """Returns the loss of a batch of rollouts; see `training.step.SumLoss`."""
+    """Returns the loss of a batch of rollouts; see `training.step.SumLoss`.
+
+    Raises:
+        RequestError: see `check_exact`.
+    """
     o = config.objective
+    check_exact(config, parts)
 
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
@@ -99,15 +108,35 @@ def look(
     config: Any, parts: Parts, shards: int, trainable: Tree, frozen: Tree, batch: dict
 ) -> View:
     """Returns the View of the policy that is trained."""
+    o = config.objective
+    params = combine(trainable, decoder.with_gathered_head(parts.config, frozen))
     return view(
         parts.config,
         parts.method,
-        combine(trainable, decoder.with_gathered_head(parts.config, frozen)),
+        params,
         batch,
-        config.objective.temperature,
+        o.temperature,
         shards=shards,
         logits_bytes=chunk_bytes(parts.config, trainable, shards),
+        train_entropy=o.entropy_coef > 0,
+        reference=base_reference(parts.config, params) if exact_loss(o) else None,
     )
+
+
+def exact_loss(o: Any) -> bool:
+    """Tells whether the loss has the exact KL, for which the step computes the reference too."""
+    return o.kl_coef > 0 and o.kl_in == "loss" and o.kl_estimator == "exact"
+
+
+def check_exact(config: Any, parts: Parts) -> None:
+    """Raises RequestError if the loss needs a reference that the step does not have."""
+    if exact_loss(config.objective) and not adapters_off(parts, config.peft.get("init_from")):
+        raise RequestError(
+            "'exact' in the loss needs the base as reference, and this run starts from another "
+            "policy or trains the base's own weights (a value head among them); use k1, k2 or k3, "
+            "or objective.kl_in=reward",
+            key="objective.kl_estimator",
+        )
 
 
 def plain(terms: dict[str, Weighted]) -> Loss:
@@ -131,7 +160,7 @@ def credit(
     if not (o.kl_coef and o.kl_in == "reward"):
         given = ADVANTAGES[o.advantage](rewards).reshape(-1, 1)
         return Credit({"advantages": given * (mask > 0)}, {})
-    charge = np.asarray(kl.ESTIMATES[o.kl_estimator](seen["logprobs"], seen["ref_logprobs"]))
+    charge = online.charged(o, seen)
     if o.advantage == WHOLE_BATCH:
         returns = penalised_returns(np.nan_to_num(rewards.reshape(-1)), charge, mask, coefficient)
         return Credit({"advantages": token_batch_normalised(returns, mask)}, {})

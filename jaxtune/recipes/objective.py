@@ -51,7 +51,8 @@ class Objective:
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
             rows of `samples.jsonl`.
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
-        padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all its keys.
+        padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all
+            its keys.
         show: (plan, how many, console) → None, prints the first things that are learned from.
         metrics: (plan) → names of metrics beside the step's: of the feed and of evaluations.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters

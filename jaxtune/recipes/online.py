@@ -73,6 +73,13 @@ def keeps_start(config: Any) -> bool:
     return config.objective.kl_coef > 0
 
 
+def charged(o: Any, seen: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the KL that is charged to each token in the reward, float32 [N, T]."""
+    if o.kl_estimator == "exact":
+        return seen["kl"]
+    return np.asarray(kl.ESTIMATES[o.kl_estimator](seen["logprobs"], seen["ref_logprobs"]))
+
+
 def sampling_of(plan: Any, temperature: float) -> Sampling:
     """Returns how a run samples, at a temperature."""
     o = plan.config.objective
@@ -140,18 +147,16 @@ def judged(
 def look_at(plan: Any) -> Callable[[Tree, Tree | None, Tree, Batch], dict[str, np.ndarray]]:
     """Returns the trainer's pass over rollouts: one compiled program.
 
-    (trainable, start or None, frozen, rows [N, T]) → {"logprobs", "entropy"[, "values"]
-    [, "ref_logprobs"]}, float32 [N, T] at the tokens, on the host. `start` are the trained
-    parameters of the reference.
+    (trainable, start or None, frozen, rows [N, T]) → what `policy.observer` gives, float32 [N, T]
+    at the tokens, on the host. `start` are the trained parameters of the reference.
     """
     parts, o = plan.parts, plan.config.objective
-    look = observer(parts.config, parts.method, o.temperature, batch_shards(plan.mesh))
+    exact = o.kl_estimator == "exact" and o.kl_in == "reward"
+    look = observer(parts.config, parts.method, o.temperature, batch_shards(plan.mesh), exact)
 
     def observe(trainable: Tree, start: Tree | None, frozen: Tree, batch: dict[str, jax.Array]):
-        found = look(combine(trainable, frozen), batch)
-        if start is not None:
-            found["ref_logprobs"] = look(combine(start, frozen), batch)["logprobs"]
-        return found
+        reference = None if start is None else combine(start, frozen)
+        return look(combine(trainable, frozen), reference, batch)
 
     @functools.cache
     def compiled(reference: bool) -> Callable:

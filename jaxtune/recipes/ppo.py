@@ -12,11 +12,11 @@ import numpy as np
 from jaxtune.core.tree import Tree
 from jaxtune.core.weighted import Weighted
 from jaxtune.data.batches import Batch
-from jaxtune.objectives import kl, value
+from jaxtune.objectives import value
 from jaxtune.objectives.advantages import token_rewards
 from jaxtune.recipes import online
 from jaxtune.recipes.assemble import Parts
-from jaxtune.recipes.grpo import look, policy_terms
+from jaxtune.recipes.grpo import check_exact, look, policy_terms
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.online import Credit
 from jaxtune.recipes.prompt_data import open_prompts
@@ -24,8 +24,13 @@ from jaxtune.training.step import Loss, SumLoss
 
 
 def ppo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
-    """Returns the loss of a batch of rollouts; see `training.step.SumLoss`."""
+    """Returns the loss of a batch of rollouts; see `training.step.SumLoss`.
+
+    Raises:
+        RequestError: see `grpo.check_exact`.
+    """
     o = config.objective
+    check_exact(config, parts)
 
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
@@ -53,7 +58,7 @@ def credit(
     mask, scores = rows["loss_mask"], np.nan_to_num(rewards.reshape(-1))
     charge = np.zeros(mask.shape, np.float32)
     if o.kl_coef and o.kl_in == "reward":
-        charge = np.asarray(kl.ESTIMATES[o.kl_estimator](seen["logprobs"], seen["ref_logprobs"]))
+        charge = online.charged(o, seen)
     given, returns = value.advantages_and_returns(
         token_rewards(scores, charge, mask, coefficient),
         seen["values"],

@@ -194,7 +194,7 @@ ONLINE: tuple[Key, ...] = (
         "choice",
         "k3",
         "of a token's KL (docs/rl.md)",
-        choices=("k1", "k2", "k3"),
+        choices=("k1", "k2", "k3", "exact"),
         used_by=_EITHER,
         defaults={"ppo": "k1", "rloo": "k1", "reinforce++": "k1"},
     ),

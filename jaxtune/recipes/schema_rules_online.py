@@ -84,12 +84,12 @@ def _sampling(values: Values) -> None:
 
 
 def _learning(values: Values) -> None:
-    if values.get("objective.ratio", "token") != "token":
-        if values["objective.normaliser"] != "sequence":
-            raise RequestError(
-                f"{values['objective.normaliser']!r} contradicts objective.ratio = "
-                f"{values['objective.ratio']!r}, one ratio a sequence: use 'sequence'",
-                key="objective.normaliser",
-            )
+    ratio, normaliser = (values.get(f"objective.{key}") for key in ("ratio", "normaliser"))
+    if ratio in ("sequence", "total") and normaliser != "sequence":
+        raise RequestError(
+            f"{normaliser!r} contradicts objective.ratio = {ratio!r}, one ratio a sequence: use "
+            "'sequence'",
+            key="objective.normaliser",
+        )
     if values["objective.kl_target"] is not None and not values["objective.kl_coef"]:
         raise RequestError("needs a kl_coef above 0 to steer", key="objective.kl_target")
