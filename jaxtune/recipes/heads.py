@@ -26,7 +26,7 @@ class Heads(NamedTuple):
 
 LANGUAGE_MODEL = Heads()
 # By objective; those that are not here train a language model.
-HEADS = {"reward": Heads(lm=False, score=True)}
+HEADS = {"reward": Heads(lm=False, score=True), "ppo": Heads(score=True)}
 
 
 def heads_of(objective: str) -> Heads:

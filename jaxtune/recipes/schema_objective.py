@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from jaxtune.recipes.schema_key import REQUIRED, Key
+from jaxtune.recipes.schema_online import ONLINE
 
+# Objectives that learn from pairs of completions.
+PAIRED = ("dpo", "orpo", "simpo", "cpo")
 _LATER = "is not available in this version of jaxtune"
 
 REWARD_ENTRY = (
@@ -32,14 +35,19 @@ REWARD_ENTRY = (
     ),
 )
 
+
+def _objective(*names: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (("objective.name", names),)
+
+
 OBJECTIVE: tuple[Key, ...] = (
     Key(
         "objective.name",
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain"),
-        refused={name: _LATER for name in ("reward", "dpo", "grpo", "ppo", "distill")},
+        choices=("sft", "pretrain", *PAIRED, "reward", "grpo", "ppo"),
+        refused={"distill": _LATER},
     ),
     Key(
         "objective.balance",
@@ -49,6 +57,53 @@ OBJECTIVE: tuple[Key, ...] = (
         low=0,
     ),
     Key(
+        "objective.loss_type",
+        "choice",
+        "sigmoid",
+        "loss of a pair's margin; sigmoid_norm and ipo: of margins a token",
+        choices=("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo"),
+        used_by=_objective("dpo"),
+    ),
+    Key(
+        "objective.beta",
+        "float",
+        0.1,
+        "strength of the pull towards the reference; simpo, cpo: scale of the rewards; orpo: "
+        "weight of the odds ratio",
+        above=0,
+        used_by=_objective(*PAIRED),
+        defaults={"simpo": 2.0},
+    ),
+    Key(
+        "objective.label_smoothing",
+        "float",
+        0.0,
+        "share of pairs whose sides are taken to be exchanged",
+        low=0,
+        below=0.5,
+        used_by=(
+            *_objective("dpo", "simpo", "cpo"),
+            ("objective.loss_type", ("sigmoid", "sigmoid_norm", "robust")),
+        ),
+    ),
+    Key(
+        "objective.gamma",
+        "float",
+        1.0,
+        "by how much the chosen reward is to be larger",
+        low=0,
+        used_by=_objective("simpo"),
+    ),
+    Key(
+        "objective.nll_weight",
+        "float",
+        0.0,
+        "weight of the mean NLL a token of the chosen completions",
+        low=0,
+        used_by=_objective(*PAIRED),
+        defaults={"orpo": 1.0, "cpo": 1.0},
+    ),
+    Key(
         "objective.rewards",
         "entries",
         REQUIRED,
@@ -56,4 +111,13 @@ OBJECTIVE: tuple[Key, ...] = (
         entry=REWARD_ENTRY,
         used_by=(("objective.name", ("grpo", "ppo")),),
     ),
+    Key(
+        "objective.centering",
+        "float",
+        0.0,
+        "coefficient of (chosen + rejected)², which holds scores around 0; of pairs",
+        low=0,
+        used_by=(("objective.name", ("reward",)),),
+    ),
+    *ONLINE,
 )

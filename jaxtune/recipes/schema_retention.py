@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from jaxtune.recipes.schema_key import Key
 
+# Objectives that give each target token a log-probability, and have no KL of their own.
+SCORED = ("sft", "pretrain", "dpo", "orpo", "simpo", "cpo")
+
 
 def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
     """Returns the keys; `entry` are those of an evaluation source."""
@@ -30,6 +33,23 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             "past max_rise: stop, the newest checkpoint being the result, or roll back to the "
             "newest within the bound",
             choices=("stop", "rollback"),
+        ),
+        Key(
+            "retention.kl",
+            "float",
+            0.0,
+            "strength of the KL from the base at the target tokens, for a method whose base stays "
+            "whole",
+            low=0,
+            used_by=(("objective.name", SCORED),),
+        ),
+        Key(
+            "retention.kl_temperature",
+            "float",
+            1.0,
+            "divides both models' logits in it; the term is multiplied by its square",
+            above=0,
+            used_by=(("objective.name", SCORED),),
         ),
         Key(
             "retention.l2sp",

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtune.core.tree import Tree
 from jaxtune.models import decoder
 from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.logprobs import LOGITS_BYTES, Scores, token_scores
-from jaxtune.parallel.sequence import balanced, sequence_shards
+from jaxtune.parallel.sequence import balanced, sequence_shards, zigzag
 from jaxtune.peft.method import Method
 
 SPREAD_HEAD = 4  # times LOGITS_BYTES: about a thousand tokens of a vocabulary of 128k
@@ -27,7 +28,8 @@ class Predictions(NamedTuple):
         scores: of the targets.
         batch: the batch's target-side arrays, such as `loss_mask`, and the `targets` themselves;
             0 at the last place, which predicts nothing. With rows spread over devices the places
-            stand in another order, the same for all arrays.
+            stand in another order, and with shared prompts at the targets' own places, the same
+            for all arrays.
         hidden: [B, T, D], what the logits are made of.
         balance: load-balancing loss of each row, float32 [B]; None without experts.
     """
@@ -41,7 +43,8 @@ class Predictions(NamedTuple):
 def target_side(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Returns a batch's arrays, those of tokens as targets moved to the places that predict them.
 
-    `targets` int32 is new: the token that comes next.
+    `targets` int32 is new: the token that comes next. Where completions share a prompt (`branches`)
+    one place predicts several, and nothing moves; see `predicting_places`.
 
     >>> import jax.numpy as jnp
     >>> batch = {"input_ids": jnp.array([[5, 6, 7]]), "loss_mask": jnp.array([[0.0, 1.0, 1.0]])}
@@ -49,11 +52,46 @@ def target_side(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     {'input_ids': [[5, 6, 7]], 'loss_mask': [[1.0, 1.0, 0.0]], 'targets': [[6, 7, 0]]}
     """
 
+    if "branches" in batch:
+        return batch | {"targets": batch["input_ids"]}
+
     def moved(array: jax.Array) -> jax.Array:
         return jnp.pad(array[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (array.ndim - 2)))
 
     kept = {n: array if n in INPUTS else moved(array) for n, array in batch.items()}
     return kept | {"targets": moved(batch["input_ids"])}
+
+
+def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
+    """Returns values [B, T] of `Predictions` at the tokens' own places; 0 at a row's first.
+
+    Args:
+        values: one of the arrays of a `Predictions`.
+        branched: whether its batch has `branches`.
+    """
+    if branched:
+        return values
+    shards = sequence_shards()
+    if shards > 1:
+        values = values[:, np.argsort(zigzag(values.shape[1], shards))]
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+
+
+def predicting_places(branches: jax.Array) -> jax.Array:
+    """Returns the place that predicts the token at each place, int32 [B, T].
+
+    It is the one before, but for the first token of a completion, which follows its prompt. The
+    first place of a row predicts itself; its token is no target.
+
+    >>> import jax.numpy as jnp
+    >>> predicting_places(jnp.array([[0, 0, 1, 1, 2, 2, 0, 1]])).tolist()
+    [[0, 0, 1, 2, 1, 4, 5, 6]]
+    """
+    here = jnp.broadcast_to(jnp.arange(branches.shape[1]), branches.shape)
+    prompt = jax.lax.cummax(jnp.where(branches == 0, here, 0), axis=1)
+    before = jnp.maximum(here - 1, 0)
+    begins = (branches > 0) & (branches != jnp.take_along_axis(branches, before, axis=1))
+    return jnp.where(begins, prompt, before)
 
 
 def predictions(
@@ -78,16 +116,20 @@ def predictions(
     batch = balanced(target_side(batch))
     inputs = {name: batch.pop(name) for name in INPUTS if name in batch}
     hidden = decoder.hidden_states(config, method, params, inputs, key=key)
+    states = hidden.states
+    if "branches" in inputs:
+        places = predicting_places(inputs["branches"])
+        states = jnp.take_along_axis(states, places[:, :, None], axis=1)
     scores = token_scores(
         functools.partial(decoder.logits, config, method, params, key=key),
-        hidden.states,
+        states,
         batch["targets"],
         config.vocab_size,
         logits_bytes=logits_bytes,
         shards=shards,
         pieces=sequence_shards(),
     )
-    return Predictions(scores, batch, hidden.states, hidden.balance)
+    return Predictions(scores, batch, states, hidden.balance)
 
 
 def chunk_bytes(config: ModelConfig, trainable: Tree, shards: int) -> int:

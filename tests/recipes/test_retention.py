@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import jaxtune
 from jaxtune.checkpoints.pareto import front
 from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
-from jaxtune.core.tree import flatten
+from jaxtune.core.tree import flatten, unflatten
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.runs import open_run
@@ -223,3 +224,40 @@ def test_ewc_goes_on_exactly_after_a_stop(tmp_path):
 def test_what_contradicts_is_refused(tmp_path, retention, told):
     with pytest.raises(RequestError, match=told):
         resolve(config_of(tmp_path, retention=retention))
+
+
+def test_the_kl_from_the_base_is_a_term_of_its_own(tmp_path):
+    """Value by whole logits; in the step, with micro-batches, divided by its own weight."""
+    config = config_of(tmp_path, "lora", retention={"kl": 0.5, "kl_temperature": 2.0})
+    config.peft = {"method": "lora", "rank": 3}
+    config.grad_accum, config.total_steps = 2, 2
+    jaxtune.train(config, tmp_path / "run")
+    first, second = (row for row in rows_of(tmp_path / "run") if "loss/retention_kl" in row)
+    assert first["loss/retention_kl"] == pytest.approx(0.0, abs=1e-6)  # it starts as its base
+    assert second["loss"] == pytest.approx(second["loss/sft"] + second["loss/retention_kl"])
+
+    plan, params = start_of(config)
+    noisy = {p: leaf + 0.3 if "lora/b" in p else leaf for p, leaf in flatten(params).items()}
+    trainable, frozen = plan.parts.split(unflatten(noisy))
+    batch = plan.data.stream.batch(0, 4)
+    losses, _ = plan.loss(trainable, frozen, batch, None)
+    lm = jaxtune.load(tmp_path / "run", dtype="float32")
+    model = dataclasses.replace(lm, params=unflatten(noisy))
+    base, total, weight = lm.use(None), 0.0, 0.0
+    for ids, segments, mask in zip(
+        batch["input_ids"], batch["segment_ids"], batch["loss_mask"], strict=True
+    ):
+        real = int((segments > 0).sum())
+        p, q = (jax.nn.log_softmax(m.logits(ids[None, :real])[0, :-1] / 2.0) for m in (base, model))
+        kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        total += float(jnp.sum(kl * mask[1:real]))
+        weight += float(mask[1:real].sum())
+    term = losses["retention_kl"]
+    assert float(term.weight) == weight
+    assert float(term.mean()) == pytest.approx(0.5 * 4.0 * total / weight, rel=1e-4)
+
+
+@pytest.mark.parametrize("peft", ["full", "prompt"])
+def test_the_kl_needs_a_base_that_stays(tmp_path, peft):
+    with pytest.raises(RequestError, match=r"retention\.kl: needs a base that stays"):
+        build(resolve(config_of(tmp_path, peft, retention={"kl": 0.5})))

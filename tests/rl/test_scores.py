@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtune.core.errors import RequestError
+from jaxtune.rl.rewards.calls import MOST_GIVEN_UP
 from jaxtune.rl.rewards.reward import Reward, check_columns
 from jaxtune.rl.rewards.scores import RewardError, score
 
@@ -153,6 +154,23 @@ def test_a_function_that_hangs_is_given_up_and_ends():
     out = judge(Reward("endless", endless, timeout=0.05, on_error="drop"), Reward("len", length))
     assert out.dropped.all() and not out.total.any()
     assert "endless" in out.faults[0]
+
+
+def test_calls_that_hang_for_good_do_not_pile_up():
+    release, begun = threading.Event(), []
+
+    def stuck(prompts, completions):
+        begun.append(1)
+        release.wait()  # a wait for a lock takes no notice of what ends a loop
+
+    try:
+        reward = Reward("stuck", stuck, timeout=0.01, on_error="drop")
+        faults = [judge(reward).faults[0] for _ in range(MOST_GIVEN_UP + 2)]
+    finally:
+        release.set()
+    assert len(begun) == MOST_GIVEN_UP
+    assert all("did not return" in line for line in faults[:MOST_GIVEN_UP])
+    assert all("still hang" in line for line in faults[MOST_GIVEN_UP:])
 
 
 def test_a_call_within_its_time_returns_and_raises_as_without_one():

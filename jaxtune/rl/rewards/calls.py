@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+# Threads that hang in foreign code hold memory: no more of one reward's are begun.
+MOST_GIVEN_UP = 8
+
 
 class Hung(Exception):
     """A call did not return in time and was given up."""
@@ -26,10 +29,13 @@ def call(function: Callable[[], Any], timeout: float | None, name: str) -> Any:
         name: of the thread.
 
     Raises:
-        Hung: the time is over.
+        Hung: the time is over, or MOST_GIVEN_UP earlier calls of this name still hang.
     """
     if timeout is None:
         return function()
+    label = f"reward {name}"
+    if sum(thread.name == label for thread in threading.enumerate()) >= MOST_GIVEN_UP:
+        raise Hung(f"was not called: {MOST_GIVEN_UP} calls that were given up still hang")
     outcome: list[tuple[bool, Any]] = []
 
     def run() -> None:
@@ -38,7 +44,7 @@ def call(function: Callable[[], Any], timeout: float | None, name: str) -> Any:
         except BaseException as error:
             outcome.append((False, error))
 
-    thread = threading.Thread(target=run, name=f"reward {name}", daemon=True)
+    thread = threading.Thread(target=run, name=label, daemon=True)
     thread.start()
     thread.join(timeout)
     if not outcome:
