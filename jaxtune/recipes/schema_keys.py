@@ -358,6 +358,14 @@ _OPTIM = (
         optional=True,
     ),
     Key(
+        "optim.layer_decay",
+        "float",
+        1.0,
+        "factor of the learning rate from each block to the one below it",
+        above=0,
+        high=1,
+    ),
+    Key(
         "optim.groups",
         "groups",
         (),
