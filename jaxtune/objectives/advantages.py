@@ -65,6 +65,12 @@ def leave_one_out(rewards: np.ndarray) -> np.ndarray:
     return finished((rewards - group_mean(rewards)) * scale)
 
 
+def leave_one_out_normalised(rewards: np.ndarray) -> np.ndarray:
+    """Returns `leave_one_out`, normalised over the whole batch."""
+    scored = np.where(np.isnan(rewards), np.nan, leave_one_out(rewards).astype(np.float64))
+    return finished(normalised(scored))
+
+
 def batch_normalised(rewards: np.ndarray) -> np.ndarray:
     """Returns (r − mean) / (std + EPSILON) over the whole batch: REINFORCE++.
 
@@ -94,6 +100,7 @@ ADVANTAGES = {
     "group": group_normalised,
     "group_mean": group_centred,
     "leave_one_out": leave_one_out,
+    "leave_one_out_normalised": leave_one_out_normalised,
     "batch": batch_normalised,
     "batch_baseline": group_centred_batch_normalised,
     "group_batch_std": group_centred_batch_scaled,

@@ -63,16 +63,21 @@ def reweighted(estimates: jax.Array, log_ratio: jax.Array) -> jax.Array:
     return jnp.exp(log_ratio) * estimates
 
 
+def divergence(logp: jax.Array, logq: jax.Array) -> jax.Array:
+    """Returns Σ p (log p − log q) [...] of log-probabilities [..., V]; 0 · log 0 is 0."""
+    inside = logp > -jnp.inf
+    gap = jnp.where(inside, logp, 0.0) - jnp.where(inside, logq, 0.0)
+    return jnp.sum(jnp.where(inside, jnp.exp(logp) * gap, 0.0), axis=-1)
+
+
 def exact(logits: jax.Array, ref_logits: jax.Array) -> jax.Array:
     """Returns KL(p‖q) [...] of logits [..., V] and ref_logits [..., V], value and gradient exact.
 
-    The reference's have no gradient. In chunks over tokens: `head_map.token_divergences`.
+    The reference's have no gradient. In chunks over tokens: `logprobs.policy_scores`.
     """
     logp = jax.nn.log_softmax(logits, axis=-1)
     logq = jax.lax.stop_gradient(jax.nn.log_softmax(ref_logits, axis=-1))
-    p = jnp.exp(logp)
-    # A token that the policy rules out adds nothing, even where its log-probability is −inf.
-    return jnp.sum(jnp.where(p > 0, p * (jnp.where(p > 0, logp - logq, 0.0)), 0.0), axis=-1)
+    return divergence(logp, logq)
 
 
 # (log-probabilities, the reference's) → estimates; values for rewards and logs

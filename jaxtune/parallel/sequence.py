@@ -59,3 +59,11 @@ def balanced(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return constrain(x[:, zigzag(x.shape[1], shards)], "batch", "tokens")
 
     return {name: move(array) for name, array in arrays.items()}
+
+
+def restored(array: jax.Array) -> jax.Array:
+    """Returns per-token values [B, T] in the order of the rows again: the inverse of `balanced`."""
+    shards = sequence_shards()
+    if shards == 1:
+        return array
+    return array[:, np.argsort(zigzag(array.shape[1], shards))]

@@ -15,6 +15,7 @@ from rich.console import Console
 from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
+from jaxtune.data.columns import BRANCHED
 from jaxtune.models.attention_backends import Choice, choose, setting_on
 from jaxtune.optim.schedules import Schedule, make_schedule
 from jaxtune.optim.transform import OptimSpec, make_transform
@@ -25,11 +26,12 @@ from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data
+from jaxtune.recipes.data import Data, formats_of
 from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -89,7 +91,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        one = self.objective.padding(self.config, 1, self.parts.method.num_virtual)
+        one = self.objective.padding(self.config, self.data, 1, self.parts.method.num_virtual)
+        if needs_column(self.objective, self.config, self.parts):
+            one[COLUMN] = np.zeros((1, self.config.data.seq_len), np.float32)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,
@@ -121,7 +125,7 @@ def build(config: Any) -> Plan:
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
     data = objective.open_data(config, model.base, model.parts.method.num_virtual)
-    if config.data.eval:
+    if config.data.eval and objective.held_out is not None:
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 
@@ -180,8 +184,16 @@ def choose_attention(
     Raises:
         RequestError: `model.attention` names one that cannot be had there.
     """
-    prefix, packed = method.position_offset > 0, config.data.packing
-    setting = setting_on(mesh, platform, config.data.seq_len, prefix=prefix, packed=packed)
+    # Each completion of a prompt is a segment of its row, if they do not share the prompt.
+    several = any(format in BRANCHED for format in formats_of(config))
+    setting = setting_on(
+        mesh,
+        platform,
+        config.data.seq_len,
+        prefix=method.position_offset > 0,
+        packed=config.data.packing or several,
+        branches=config.data.packing and several,
+    )
     return choose(base.config, setting)
 
 

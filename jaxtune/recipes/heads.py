@@ -26,7 +26,7 @@ class Heads(NamedTuple):
 
 LANGUAGE_MODEL, REWARD_MODEL = Heads(), Heads(lm=False, score=True)
 # By objective; those that are not here train a language model.
-HEADS = {"reward": REWARD_MODEL}
+HEADS = {"reward": REWARD_MODEL, "ppo": Heads(score=True)}
 
 
 def heads_of(objective: str) -> Heads:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
+
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import eval_batches
 from jaxtune.evaluate.loss import Sums, loss_sums
@@ -42,3 +44,14 @@ def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
         named = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
     whole = functools.reduce(Sums.__add__, results.values())
     return named | {f"eval/{k}": v for k, v in whole.means().items()}
+
+
+def names(plan: Any) -> set[str]:
+    """Returns the names of the metrics that `evaluate` gives; none without held-out data."""
+    if not plan.data.evals:
+        return set()
+    state, frozen, batch = plan.abstract_arguments()
+    _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
+    sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
+    measured = ("loss", "perplexity", "tokens", *own)
+    return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

@@ -6,12 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
+
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, empty_batch
+from jaxtune.data.inspect import inspect
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, open_data
+from jaxtune.recipes.data import Data, batch_keys, open_data
 from jaxtune.training.feed import Source
 from jaxtune.training.step import SumLoss
 
@@ -24,9 +27,16 @@ def tokenised(config: Any, base: Base, num_virtual: int) -> Data:
     return open_data(config, base.tokenizer, base.config.vocab_size, num_virtual)
 
 
-def token_rows(config: Any, rows: int, num_virtual: int) -> Batch:
-    """Returns a batch of padding [rows, data.seq_len] with the keys that every batch has."""
-    return empty_batch(rows, config.data.seq_len, num_virtual)
+def token_rows(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
+    """Returns a batch of padding [rows, data.seq_len] with the keys that the examples give it."""
+    # A planned run may have no data here.
+    keys = batch_keys(config) if data.stream is None else data.stream.keys
+    return empty_batch(rows, config.data.seq_len, num_virtual, keys)
+
+
+def show_rows(plan: Any, count: int, console: Console) -> None:
+    """Prints the first rows as they are trained, and counts of the data."""
+    inspect(plan.data.stream, plan.base.tokenizer, count, console)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +51,14 @@ class Objective:
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
             rows of `samples.jsonl`.
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
-        padding: (resolved config, rows, virtual tokens) → a batch of padding with all its keys.
+        padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all its keys.
+        show: (plan, how many, console) → None, prints the first things that are learned from.
+        metrics: (plan) → names of metrics beside the step's: of the feed and of evaluations.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters
             as they were before the first step.
+        at_start: of an objective with a reference, which is the policy at step 0: resolved
+            `objective` section → the preference loss where both are one, None where the data
+            decide it; see `recipes.reference`.
     """
 
     trained: MakeLoss
@@ -54,5 +69,8 @@ class Objective:
         stream_feed.open_feed
     )
     evaluate: Callable[[Any, Tree, Tree], dict[str, float]] = held_out.evaluate
-    padding: Callable[[Any, int, int], Batch] = token_rows
+    padding: Callable[[Any, Data, int, int], Batch] = token_rows
+    show: Callable[[Any, int, Console], None] = show_rows
+    metrics: Callable[[Any], set[str]] = held_out.names
     keeps_start: Callable[[Any], bool] = lambda _: False
+    at_start: Callable[[Any], float | None] | None = None

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import reward, sft
+from jaxtune.recipes import grpo, ppo, preference, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
+    "grpo": grpo.OBJECTIVE,
+    "ppo": ppo.OBJECTIVE,
     "reward": reward.OBJECTIVE,
+    "dpo": preference.DPO,
+    "orpo": preference.ORPO,
+    "simpo": preference.SIMPO,
+    "cpo": preference.CPO,
 }

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.core.errors import RequestError
+from jaxtune.recipes import schema_rules_online
+from jaxtune.recipes.schema_formats import check_formats, check_overlong
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-_CHAT_FORMATS = ("chat", "instruction")
+_CHAT_FORMATS = ("chat", "instruction", "preference", "unpaired", "ranked", "stepwise", "prompt")
 _TRAINS_ALL = ("text", "tokens")
 
 
@@ -35,6 +37,7 @@ def apply(values: Values, given: Mapping[str, Any]) -> Values:
     _length(values)
     _optim(values)
     _mesh(values, given)
+    schema_rules_online.apply(values, given)
     _evaluation(values, given)
     return values
 
@@ -97,10 +100,13 @@ def _data(values: Values) -> None:
                     "every token: use format 'text' or 'tokens', or objective.name = 'sft'",
                     key=f"data.train[{i}].format",
                 )
+    check_formats(values["objective.name"], "train", train)
+    check_formats(values["objective.name"], "eval", held_out)
+    check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
         raise RequestError(
-            f"is used only by the formats 'chat' and 'instruction'; here are {sorted(formats)}",
+            f"is used only by the formats that hold messages; here are {sorted(formats)}",
             key="data.template",
         )
     if values["model.path"] is None and values["model.tokenizer"] is None and formats - {"tokens"}:
@@ -231,5 +237,6 @@ def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
                 f"multiple of eval.every_steps = {evaluate}",
                 key="checkpoint.keep_best",
             )
-    if values["data.eval"] and values["eval.batch_size"] is None:
+    sampled = values["objective.name"] in schema_rules_online.NAMES
+    if values["data.eval"] and values["eval.batch_size"] is None and not sampled:
         values["eval.batch_size"] = values["batch_size"]

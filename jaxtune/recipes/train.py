@@ -25,6 +25,7 @@ from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
 from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
+from jaxtune.recipes import reference_data
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import seconds_of
@@ -94,6 +95,7 @@ def train(
         started, begun = time.time(), None
         try:
             begun = begin(plan, workdir, allow_change)
+            reference_data.check_kept(plan, workdir)
             # Up to here nothing was written, and all that a process can refuse it has refused.
             processes.wait_for_all("start")
             processes.summary_path(workdir / files.SUMMARY)
@@ -103,7 +105,14 @@ def train(
                 if console is not None:
                     console.print(f"attention: {plan.attention}", highlight=False)
             outcome, totals = run(
-                plan, begun, workdir, metrics, console if is_writer() else None, limit
+                reference_data.with_reference(
+                    plan, lambda: parameters_at_start(plan, begun), workdir
+                ),
+                begun,
+                workdir,
+                metrics,
+                console if is_writer() else None,
+                limit,
             )
         except RequestError:
             raise
@@ -209,6 +218,14 @@ def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
     raise RequestError(f"{damaged[max(damaged)]}; no checkpoint of the run is whole")
 
 
+def parameters_at_start(plan: Plan, begun: Begun) -> tuple[Tree, Tree]:
+    """Returns (trained, the rest) of the parameters as they were at step 0."""
+    if int(begun.state.step) == 0:
+        return begun.state.trainable, begun.frozen
+    init = plan.config.peft.get("init_from")
+    return plan.parts.split(load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init))
+
+
 def seen_at(
     plan: Plan,
     workdir: Path,
@@ -251,6 +268,8 @@ def run(
         if is_writer():
             files.put_aside(workdir, begun.damaged, start)
         processes.wait_for_all("damaged checkpoints")
+    if start == 0:
+        reference_data.check(plan, begun.state.trainable, frozen)
     rows = held_rows(plan.config.batch_size, plan.config.data.seq_len, plan.mesh)
     samples = metrics_file(workdir / files.SAMPLES)
     with ExitStack() as stack:
