@@ -20,7 +20,7 @@ def get_config(variant="grpo"):
     config.objective = {
         "name": "grpo",
         "variant": variant,
-        "rewards": [{"function": "gsm8k"}],
+        "rewards": [{"function": "math"}],
         "prompts": 8,
         "samples": 8,
         "max_new_tokens": 256,

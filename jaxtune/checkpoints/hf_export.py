@@ -220,15 +220,20 @@ def write_configs(
     tokenizer: Tokenizer | None,
     raw: Mapping[str, Any],
 ) -> None:
-    """Writes config.json, generation_config.json and the tokenizer's files."""
+    """Writes config.json, the tokenizer's files and a language model's generation_config.json."""
     ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
     stop = ids.get("eos_token_id")
+    if not config.lm_head:
+        pad = scorer_padding(tokenizer, ids)
+        ids.pop("pad_token_id", None)
+        ids |= {} if pad is None else {"pad_token_id": pad}
+        if tokenizer is not None and pad is not None:
+            tokenizer = tokenizer.with_padding(pad)
     if tokenizer is not None:
         own = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.hf.pad_token_id,
-        }
+        } | ({"pad_token_id": tokenizer.hf.pad_token_id} if config.lm_head else {})
         ids |= {name: value for name, value in own.items() if value is not None}
         stop = list(tokenizer.eos_ids) or stop
         tokenizer.save(directory)
@@ -237,10 +242,29 @@ def write_configs(
     # transformers takes absent ids for its own defaults, 1 and 2, which may be ordinary tokens
     fields = registry.to_hf(config) | dict.fromkeys(TOKEN_IDS) | ids
     write_json(directory / "config.json", fields | {"torch_dtype": dtype.name})
+    if not config.lm_head:
+        return
     generation = (
         {"_from_model_config": True} | ids | ({} if stop is None else {"eos_token_id": stop})
     )
     write_json(directory / "generation_config.json", generation)
+
+
+def scorer_padding(tokenizer: Tokenizer | None, ids: Mapping[str, Any]) -> int | None:
+    """Returns the id with which texts for a reward model are padded in transformers.
+
+    Its class reads the score in front of the padding, so that no text may end with that id. Without
+    one, None, it takes one text at a time.
+
+    Args:
+        tokenizer: or None, where only ids are used.
+        ids: the token ids of the base's config.json.
+    """
+    if tokenizer is not None:
+        return tokenizer.pad_apart
+    stop = ids.get("eos_token_id")
+    pad = ids.get("pad_token_id")
+    return None if pad in (stop if isinstance(stop, list) else [stop]) else pad
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

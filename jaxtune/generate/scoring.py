@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -118,6 +118,14 @@ def arrange(config: ModelConfig, method: Method, ids: Any, mask: Any = None) -> 
     if lead:
         held.batch["virtual"] = np.where(inside & (columns < lead), columns, -1).astype(np.int32)
     return held
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids int32 [n, T], mask int32 [n, T]) of rows of ids, padded on the right."""
+    ids, mask = np.zeros((2, len(rows), max(map(len, rows), default=0)), np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    return ids, mask
 
 
 def checked(

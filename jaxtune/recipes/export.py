@@ -74,6 +74,10 @@ def export(
     check_replaceable(out)
     dtype = chosen_dtype(format, dtype, Path(source))
     lm = load(source, adapter=adapter, dtype="float32", pick=pick)
+    if format == "gguf" and not lm.config.lm_head:
+        raise RequestError(
+            "cannot hold a reward model's score head; export format 'hf'", key="format"
+        )
     if mix.changes:
         lm = weakened(lm, mix) if format == "peft" else mixed(source, lm, mix, pick)
     with replaced(out) as aside:
@@ -95,7 +99,8 @@ def export(
                 f"the exported model's logits differ by {report['max_logit_error']:.2e} of the "
                 f"largest logit, more than {report['bound']:.0e}; {out} is left as it was"
             )
-        card = model_card(source, lm.source, lm.method, report, adapter, mix)
+        scorer = not lm.config.lm_head
+        card = model_card(source, lm.source, lm.method, report, adapter, scorer, mix)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return report
 
@@ -201,10 +206,15 @@ def changed_fields(lm: LanguageModel, other: LanguageModel) -> list[str]:
 
 
 def difference(lm: LanguageModel, other: LanguageModel) -> float:
-    """Returns max |Δ logit| / max |logit| on fixed random tokens."""
+    """Returns max |Δ logit| / max |logit| on fixed random tokens; of a reward model, of scores."""
     rng = np.random.default_rng(0)
     room = lm.config.max_context - lm.method.num_virtual - lm.method.position_offset
     shape = (PROBE_ROWS, min(PROBE_TOKENS, room))
     ids = rng.integers(0, lm.config.vocab_size, shape)
-    ours, theirs = np.asarray(lm.logits(ids)), np.asarray(other.logits(ids))
-    return float(np.abs(ours - theirs).max() / np.abs(ours).max())
+    if lm.config.lm_head:
+        ours, theirs = np.asarray(lm.logits(ids)), np.asarray(other.logits(ids))
+    else:  # one score a text: that of each beginning of the rows
+        texts = [row[:stop].tolist() for row in ids for stop in range(1, shape[1] + 1)]
+        ours, theirs = lm.scores(texts), other.scores(texts)
+    largest = np.abs(ours).max()  # 0 for a score head that was not trained yet
+    return float(np.abs(ours - theirs).max() / (largest or 1.0))

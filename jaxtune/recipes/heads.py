@@ -24,9 +24,9 @@ class Heads(NamedTuple):
     score: bool = False
 
 
-LANGUAGE_MODEL = Heads()
+LANGUAGE_MODEL, REWARD_MODEL = Heads(), Heads(lm=False, score=True)
 # By objective; those that are not here train a language model.
-HEADS = {"reward": Heads(lm=False, score=True), "ppo": Heads(score=True)}
+HEADS = {"reward": REWARD_MODEL, "ppo": Heads(score=True)}
 
 
 def heads_of(objective: str) -> Heads:
