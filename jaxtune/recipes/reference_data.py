@@ -32,7 +32,6 @@ from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
 from jaxtune.peft.registry import spec_of
 from jaxtune.recipes.build import Plan
-from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, check_start, needs_column
 from jaxtune.recipes.scores import at_targets, predictions
 
@@ -54,7 +53,7 @@ def with_reference(plan: Plan, start: Start, workdir: Path) -> Plan:
     Raises:
         RequestError: what is kept is damaged.
     """
-    if not needs_column(OBJECTIVES[plan.config.objective.name], plan.config, plan.parts):
+    if not needs_column(plan.objective, plan.config, plan.parts):
         return plan
     stores = stores_of(plan)
     sizes = [int(store.lengths.sum()) for store in stores]
@@ -81,7 +80,7 @@ def with_reference(plan: Plan, start: Start, workdir: Path) -> Plan:
 
 def check_kept(plan: Plan, workdir: Path) -> None:
     """Raises RequestError if what the workdir keeps of the plan's reference is damaged."""
-    if needs_column(OBJECTIVES[plan.config.objective.name], plan.config, plan.parts):
+    if needs_column(plan.objective, plan.config, plan.parts):
         stores = stores_of(plan)
         read(path_of(plan, stores, workdir), sum(int(store.lengths.sum()) for store in stores))
 
@@ -105,7 +104,7 @@ def check(plan: Plan, trainable: Tree, frozen: Tree) -> None:
         plan: of the run, with the reference in its data.
         trainable, frozen: the parameters before the first update.
     """
-    objective = OBJECTIVES[plan.config.objective.name]
+    objective = plan.objective
     if objective.at_start is None:
         return
     size = plan.config.batch_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxtune.checkpoints.runs import DamagedCheckpoint, RunCheckpoints
@@ -18,8 +21,9 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import Tree, flatten, unflatten
 from jaxtune.parallel import processes
-from jaxtune.parallel.batches import held_rows
+from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
+from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
 from jaxtune.recipes import reference_data
 from jaxtune.recipes import workdir as files
@@ -162,6 +166,8 @@ class Begun:
         totals: what the run has seen before.
         fingerprints: of base, data and tokenizer.
         damaged: {step: what is wrong with it} of newer checkpoints.
+        start: a copy of the trained parameters before the first step, where the objective keeps it.
+        feed: {path: array} that the feed had saved; see `training.feed.Source`.
     """
 
     state: TrainState
@@ -169,6 +175,8 @@ class Begun:
     totals: Totals
     fingerprints: dict[str, str | None]
     damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+    start: Tree | None = None
+    feed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
@@ -193,12 +201,17 @@ def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
                     init = plan.config.peft.get("init_from")
                     params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init)
                 state, frozen = restore(plan, params, saved, step)
+                fed = {} if step is None else saved.restore_feed(step, replicated(plan.mesh))
             except DamagedCheckpoint as error:
                 told = str(error)
             # A checkpoint of which one process cannot read its part serves none of them.
             told = next(filter(None, processes.gather("checkpoint", told)), None)
             if told is None:
-                return Begun(state, frozen, seen, fingerprints, damaged)
+                start = None
+                if plan.objective.keeps_start(plan.config):
+                    # The step donates its state, which may hold the arrays that were loaded.
+                    start = jax.tree.map(jnp.copy, plan.parts.split(params)[0])
+                return Begun(state, frozen, seen, fingerprints, damaged, start, fed)
             damaged[step] = told
     finally:
         saved.close()
@@ -258,20 +271,17 @@ def run(
     if start == 0:
         reference_data.check(plan, begun.state.trainable, frozen)
     rows = held_rows(plan.config.batch_size, plan.config.data.seq_len, plan.mesh)
-    batches = plan.data.stream.batches(
-        plan.config.batch_size,
-        plan.data.budget.steps,
-        start=start,
-        rows=slice(None) if rows is None else rows.held,
-        row_limit=plan.data.budget.rows,
-    )
+    samples = metrics_file(workdir / files.SAMPLES)
     with ExitStack() as stack:
         saved = files.open_checkpoints(workdir, plan.config)
         stack.callback(saved.close)
         write: list[writers.Write] = []
         if is_writer():
             metrics.rewind(start)
+            if samples.rows():
+                samples.rewind(start)
             write = open_writers(plan, workdir, metrics, start, stack)
+            stack.callback(samples.flush)
         display = stack.enter_context(ProgressDisplay(console, plan.data.budget.steps, start))
         request = stack.enter_context(stop.on_sigterm())
 
@@ -280,9 +290,18 @@ def run(
             for put in write:
                 put(row)
 
+        def note(row: dict[str, Any]) -> None:
+            if is_writer():
+                samples.append(row)
+                for put in write[1:]:
+                    put({"step": row["step"], **texts(row)})
+
+        source = plan.objective.open_feed(plan, begun, note)
+
         def save(step: int, state: TrainState, totals: Totals, result: dict[str, float]) -> None:
             if is_writer():
                 metrics.flush()
+                samples.flush()
             saved.save(
                 step,
                 {"trainable": state.trainable, "fixed": unflatten(plan.parts.fixed(frozen))},
@@ -294,13 +313,14 @@ def run(
                     "data": {"next": step},
                 },
                 result,
+                on_all(source.arrays(), plan.mesh),
             )
 
         outcome = run_loop(
             compiled_together(plan),
             begun.state,
             frozen,
-            lambda state: (next(batches), {}),
+            source.feed,
             Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
             begun.totals,
             mesh=plan.mesh,
@@ -315,6 +335,12 @@ def run(
         saved.wait()
     processes.wait_for_all("end of training")
     return outcome, begun.totals
+
+
+def texts(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of `samples.jsonl` as TensorBoard shows it, a Markdown code block."""
+    body = json.dumps({name: value for name, value in row.items() if name != "step"}, indent=1)
+    return {f"samples/{row.get('number', 0)}": f"```\n{body}\n```"}
 
 
 def compiled_together(plan: Plan) -> Callable:
