@@ -33,7 +33,8 @@ def config_of(config: ModelConfig, params: Tree) -> ModelConfig:
     """Returns the ModelConfig that describes merged parameters, with the biases that they have.
 
     BitFit merges into biases that the base's config lacks. Where the base's family cannot hold
-    them, an equal Llama can. No kernel is quantised any more.
+    them, an equal Llama can. No kernel is quantised any more, and a value head beside the head of
+    a language model, which only its training used, is left out.
 
     Args:
         config: of the base.
@@ -47,7 +48,8 @@ def config_of(config: ModelConfig, params: Tree) -> ModelConfig:
     qkv = bool(biased & {"q_proj", "k_proj", "v_proj"}) or config.attention_bias
     out = "o_proj" in biased or config.attention_out_bias
     mlp = bool(biased & {"gate_proj", "up_proj", "down_proj"}) or config.mlp_bias
-    config = config.unquantized
+    scorer = config.score_head and not config.lm_head
+    config = dataclasses.replace(config.unquantized, score_head=scorer)
     exact = dataclasses.replace(config, attention_bias=qkv, attention_out_bias=out, mlp_bias=mlp)
     # a family with one switch for q, k, v and o is given zeros where a bias is missing
     wide = dataclasses.replace(exact, attention_bias=qkv or out, attention_out_bias=qkv or out)

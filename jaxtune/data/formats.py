@@ -14,8 +14,10 @@ from jaxtune.data.conversations import Conversation, parse_chat
 from jaxtune.data.instructions import instruction_prompt, instruction_question
 from jaxtune.data.preferences import (
     Alternatives,
+    Prompt,
     Steps,
     parse_preference,
+    parse_prompt,
     parse_ranked,
     parse_stepwise,
     parse_unpaired,
@@ -49,7 +51,7 @@ class Tokens:
     loss_mask: tuple[float, ...] | None = None
 
 
-Example = Conversation | Completion | Text | Tokens | Alternatives | Steps
+Example = Conversation | Completion | Text | Tokens | Alternatives | Steps | Prompt
 
 
 def parse(
@@ -147,4 +149,5 @@ FORMATS: dict[str, Callable[[Record, bool], Example]] = {
     "unpaired": parse_unpaired,
     "ranked": parse_ranked,
     "stepwise": parse_stepwise,
+    "prompt": parse_prompt,
 }

@@ -65,6 +65,30 @@ class Steps:
     weight: float = 1.0
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt alone, which completions are generated for.
+
+    Attributes:
+        prompt: a string, or messages of which the last is not the assistant's.
+        tools: JSON schemas of functions.
+    """
+
+    prompt: str | Messages
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+def parse_prompt(record: Record, chat: bool) -> Prompt:
+    """Reads {prompt[, tools]}; what else a record holds is for the rewards."""
+    prompt = _read_prompt(record, chat)
+    if prompt is None:
+        prompt = fields.text(record, "prompt")
+    if isinstance(prompt, str):
+        fields.text_value(prompt, "field 'prompt'", filled=True)
+        return Prompt(prompt)
+    return Prompt(prompt, read_tools(record.get("tools")))
+
+
 def parse_preference(record: Record, chat: bool) -> Alternatives:
     """Reads {prompt, chosen, rejected[, margin, weight, tools]}."""
     given = [fields.present(record, name) for name in ("chosen", "rejected")]

@@ -272,6 +272,8 @@ def tokenize(
         RequestError: a record is malformed, too long, empty, or has no target, with its line.
     """
     check_format(format, key)
+    if format == "prompt":
+        raise RequestError("format 'prompt' holds nothing to train on", key=key)
     if overlong not in OVERLONG:
         raise RequestError(
             f"unknown overlong {overlong!r}{nearest(overlong, OVERLONG)}: {', '.join(OVERLONG)}",

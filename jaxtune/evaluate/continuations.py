@@ -306,20 +306,20 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
 
 
 def branched(cache: decoder.Cache, tips: int, width: int) -> decoder.Cache:
-    """Returns the cache with each row `tips` times, side by side, and `width` more empty slots."""
+    """Returns the cache with each row `tips` times, side by side, and `width` more empty columns."""
 
-    def spread(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.repeat(x, tips, axis=axis)
+    def spread(x: jax.Array, rows: int, columns: int) -> jax.Array:
+        x = jnp.repeat(x, tips, axis=rows)
         more = [(0, 0)] * x.ndim
-        more[axis + 1] = (0, width)
+        more[columns] = (0, width)
         return jnp.pad(x, more)
 
     return spread_cache(
         dataclasses.replace(
             cache,
-            keys=spread(cache.keys, 1),
-            values=spread(cache.values, 1),
-            segment_ids=spread(cache.segment_ids, 0),
-            positions=spread(cache.positions, 0),
+            keys=spread(cache.keys, 1, 3),
+            values=spread(cache.values, 1, 3),
+            segment_ids=spread(cache.segment_ids, 0, 1),
+            positions=spread(cache.positions, 0, 1),
         )
     )

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.core.weighted import Weighted
+from jaxtune.objectives.reward import CALIBRATION, calibration_error
 from jaxtune.parallel.batches import Rows, global_batch
 from jaxtune.training.step import Loss, terms
 
@@ -41,11 +42,18 @@ class Sums:
         return Sums(added, self.tokens + other.tokens, self.likelihood and other.likelihood)
 
     def means(self) -> dict[str, float]:
-        """Returns {"loss", other metrics, "perplexity", "tokens"}; NaN without targets."""
+        """Returns {"loss", other metrics, "perplexity", "tokens"}; NaN without targets.
+
+        Of the bins of a calibration (`objectives.reward.calibration_gaps`) the error is returned.
+        """
         means = {name: s / w if w else math.nan for name, (s, w) in self.totals.items()}
         if LOSS not in means:
             parts = [value for name, value in means.items() if name.startswith(f"{LOSS}/")]
             means = {LOSS: sum(parts)} | means
+        bins = {name for name in means if name.startswith(CALIBRATION)}
+        if bins:
+            error = calibration_error(means)
+            means = {n: v for n, v in means.items() if n not in bins} | {"calibration_error": error}
         if self.likelihood:
             means["perplexity"] = perplexity(means[LOSS])
         return means | {"tokens": self.tokens}

@@ -56,6 +56,7 @@ def _keys_and_values(config: ModelConfig):
         empty = empty_cache(config, 1, count)
         cache = hidden_states(config, BASE, base, batch, cache=empty).cache
         shape = (config.num_layers, count, config.num_kv_heads * config.head_dim)
-        return cache.keys.reshape(shape), cache.values.reshape(shape)
+        keys, values = (a.swapaxes(2, 3).reshape(shape) for a in (cache.keys, cache.values))
+        return keys, values
 
     return run

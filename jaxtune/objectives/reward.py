@@ -82,7 +82,8 @@ def ranked_loss(
     ordered = same & before
     margins = scores[:, :, None] - scores[:, None, :]
     # Each pair has the weight of its list over the list's number of pairs.
-    number = jnp.sum(same[:, :, :, None] & ordered[:, None, :, :], axis=(2, 3), dtype=jnp.float32)
+    above = jnp.sum(ordered, axis=2, dtype=jnp.float32)
+    number = jnp.sum(jnp.where(same, above[:, None, :], 0.0), axis=2)
     each = jnp.where(ordered, (weights / jnp.maximum(number, 1.0))[:, :, None], 0.0)
     return (
         weighted(-jax.nn.log_sigmoid(margins), each),

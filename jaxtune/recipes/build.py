@@ -17,6 +17,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.columns import BRANCHED
 from jaxtune.models.attention_backends import Choice, choose, setting_on
+from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
 from jaxtune.optim.transform import OptimSpec, make_transform
 from jaxtune.parallel.batches import check_batch
@@ -27,10 +28,12 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, formats_of
+from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
+from jaxtune.recipes.retention import Retention, open_retention
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -56,6 +59,7 @@ class Plan:
         tx, schedule: the optimizer.
         layout: where the state lies.
         step, evaluation: jitted functions; no evaluation where the objective measures no loss.
+        retention: what is measured of what the run retains, or None.
     """
 
     config: Any
@@ -70,6 +74,7 @@ class Plan:
     layout: Layout
     step: Callable
     evaluation: Callable | None
+    retention: Retention | None = None
 
     @property
     def objective(self) -> Objective:
@@ -90,10 +95,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        virtual = self.parts.method.num_virtual
-        one = self.objective.padding(self.config, self.data, 1, virtual)
+        one = self.objective.padding(self.config, self.data, 1, self.parts.method.num_virtual)
         if needs_column(self.objective, self.config, self.parts):
-            one[COLUMN] = np.zeros_like(one["loss_mask"])
+            one[COLUMN] = np.zeros((1, self.config.data.seq_len), np.float32)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,
@@ -125,7 +129,7 @@ def build(config: Any) -> Plan:
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
     data = objective.open_data(config, model.base, model.parts.method.num_virtual)
-    if config.data.eval:
+    if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 
@@ -151,7 +155,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
     """
     check_batch(config.batch_size, config.grad_accum, mesh)
     check_tokens(config.data.seq_len, mesh)
-    base = open_base(config.model, config.seed, config.data.template)
+    heads = heads_of(config.objective.name)
+    base = open_base(config.model, config.seed, config.data.template, heads)
     method = method_of(config, base)
     check_targets(method, base.config)
     if config.peft.get("init_from") is None:
@@ -247,7 +252,12 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     if not jax.tree.leaves(trained):
         raise RequestError("no parameter is trained", key="peft.train")
     tx = make_transform(
-        optim_spec(optim), parts.labels, trained, schedule, parts.method.learning_rate_scales()
+        optim_spec(optim),
+        parts.labels,
+        trained,
+        schedule,
+        parts.method.learning_rate_scales(),
+        Pull(config.retention.l2sp, config.retention.ewc),
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
@@ -275,6 +285,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         layout=layout,
         step=jit_step(step, layout),
         evaluation=evaluation,
+        retention=open_retention(config, parts, layout, base.tokenizer),
     )
 
 

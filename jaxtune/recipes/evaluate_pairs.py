@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxtune.recipes.assemble import plan_parts
 from jaxtune.recipes.language_model import LanguageModel
 from jaxtune.recipes.preference import (
     base_reference,
@@ -27,7 +28,9 @@ def pair_loss(lm: LanguageModel, shards: int, run: Any) -> SumLoss:
         run: resolved config of the run that the model comes from, or None.
     """
     name = None if run is None else run.objective.name
-    if name == "dpo" and adapters_off(lm.config, lm.method, run.peft.get("init_from")):
+    if name == "dpo" and adapters_off(
+        plan_parts(lm.config, lm.method, lm.mesh), run.peft.get("init_from")
+    ):
         reference = base_reference(lm.config, shards)
         term = dpo_term(run.objective)
         return preference_loss(lm.config, lm.method, shards, term, reference=reference)

@@ -6,6 +6,8 @@ import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.evaluate.loss import Sums, loss_sums
@@ -45,3 +47,14 @@ def named(results: Mapping[str, Sums]) -> dict[str, float]:
         each = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
     whole = functools.reduce(Sums.__add__, results.values())
     return each | {f"eval/{k}": v for k, v in whole.means().items()}
+
+
+def names(plan: Any) -> set[str]:
+    """Returns the names of the metrics that `evaluate` gives; none without held-out data."""
+    if not plan.data.evals:
+        return set()
+    state, frozen, batch = plan.abstract_arguments()
+    _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
+    sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
+    measured = ("loss", "perplexity", "tokens", *own)
+    return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

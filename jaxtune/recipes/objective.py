@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from rich.console import Console
+
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, empty_batch
+from jaxtune.data.inspect import inspect
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
@@ -31,6 +34,11 @@ def token_rows(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
     return empty_batch(rows, config.data.seq_len, num_virtual, keys)
 
 
+def show_rows(plan: Any, count: int, console: Console) -> None:
+    """Prints the first rows as they are trained, and counts of the data."""
+    inspect(plan.data.stream, plan.base.tokenizer, count, console)
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """One entry of `objectives.OBJECTIVES`.
@@ -45,6 +53,8 @@ class Objective:
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
         padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all
             the keys that its feed gives it.
+        show: (plan, how many, console) → None, prints the first things that are learned from.
+        metrics: (plan) → names of metrics beside the step's: of the feed and of evaluations.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters
             as they were before the first step.
         at_start: of an objective with a reference, which is the policy at step 0: resolved
@@ -61,5 +71,7 @@ class Objective:
     )
     evaluate: Callable[[Any, Tree, Tree], dict[str, float]] = held_out.evaluate
     padding: Callable[[Any, Data, int, int], Batch] = token_rows
+    show: Callable[[Any, int, Console], None] = show_rows
+    metrics: Callable[[Any], set[str]] = held_out.names
     keeps_start: Callable[[Any], bool] = lambda _: False
     at_start: Callable[[Any], float | None] | None = None

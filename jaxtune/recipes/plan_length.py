@@ -69,6 +69,8 @@ def length_of(config: Any, base: Base, num_virtual: int) -> Length:
     if not missing:
         data = OBJECTIVES[config.objective.name].open_data(config, base, num_virtual)
         stats, steps = data.stream.stats(), data.budget.steps
+        if "rows_per_epoch" not in stats:  # the tokens are yet to be sampled
+            return Length(data, steps, None, "total_steps")
         rows = data.budget.rows or steps * config.batch_size
         tokens = round(rows * stats["tokens_per_epoch"] / stats["rows_per_epoch"])
         return Length(data, steps, tokens, "measured on the data")

@@ -17,7 +17,7 @@ import jax
 from jaxtune.core.tree import Tree, flatten, unflatten
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_params
-from jaxtune.peft.method import FROZEN, Method, labels
+from jaxtune.peft.method import FROZEN
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import BASE
 from jaxtune.recipes.objective import Objective
@@ -33,17 +33,17 @@ class WrongReference(RuntimeError):
     """The policy at step 0 is not the reference."""
 
 
-def adapters_off(config: ModelConfig, method: Method, init_from: str | None = None) -> bool:
+def adapters_off(parts: Parts, init_from: str | None) -> bool:
     """Tells whether the start of a run is its base without what the method adds.
 
     Args:
-        config, method: the model.
+        parts: the model.
         init_from: adapter directory that training starts from, or None.
     """
-    if init_from is not None or not method.starts_as_base:
+    if init_from is not None or not parts.method.starts_as_base:
         return False
-    kinds = flatten(labels(method, abstract_params(config, method)))
-    return all(kinds[path] == FROZEN for path in flatten(abstract_params(config, BASE)))
+    kinds = flatten(parts.labels)
+    return all(kinds[path] == FROZEN for path in flatten(abstract_params(parts.config, BASE)))
 
 
 def needs_column(objective: Objective, config: Any, parts: Parts) -> bool:

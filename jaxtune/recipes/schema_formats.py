@@ -54,3 +54,13 @@ def check_formats(objective: str, section: str, entries: tuple[dict[str, Any], .
             raise RequestError(
                 f"{format!r} does not mix with {entries[0]['format']!r} in one run", key=key
             )
+
+
+def check_overlong(objective: str, overlong: str) -> None:
+    """Raises RequestError for prompts that are to be cut, which would ask something else."""
+    if overlong == "truncate" and FORMATS_OF[objective] == _PROMPTS:
+        raise RequestError(
+            f"'truncate' contradicts objective.name = {objective!r}: a prompt is not cut; use "
+            "'drop' or 'error'",
+            key="data.overlong",
+        )

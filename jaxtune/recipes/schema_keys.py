@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
 from jaxtune.recipes.schema_objective import OBJECTIVE
+from jaxtune.recipes.schema_retention import retention_keys
 
 PRESETS = (
     "tiny-1m",
@@ -30,7 +31,7 @@ OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 FORMATS = (
     "chat", "completion", "instruction", "text", "tokens",
-    "preference", "unpaired", "ranked", "stepwise",
+    "preference", "unpaired", "ranked", "stepwise", "prompt",
 )  # fmt: skip
 DURATION_UNITS = ("steps", "epochs", "examples", "tokens")
 
@@ -61,7 +62,6 @@ _FORMAT = Key(
     REQUIRED,
     "what a record holds",
     choices=FORMATS,
-    refused={"prompt": _LATER},
 )
 
 TRAIN_ENTRY = (
@@ -258,6 +258,15 @@ _DATA = (
         "what happens to an example longer than seq_len",
         choices=("error", "drop", "truncate"),
     ),
+    Key(
+        "data.max_prompt",
+        "int",
+        None,
+        "most tokens of a prompt; by default what data.seq_len leaves beside a completion",
+        low=1,
+        optional=True,
+        used_by=(("objective.name", ("grpo", "ppo")),),
+    ),
     Key("data.template", "text", None, "chat template in place of the tokenizer's", optional=True),
 )
 
@@ -349,6 +358,14 @@ _OPTIM = (
         optional=True,
     ),
     Key(
+        "optim.layer_decay",
+        "float",
+        1.0,
+        "factor of the learning rate from each block to the one below it",
+        above=0,
+        high=1,
+    ),
+    Key(
         "optim.groups",
         "groups",
         (),
@@ -430,6 +447,7 @@ KEYS: tuple[Key, ...] = (
     *_OPTIM,
     *_MESH,
     *_RUN,
+    *retention_keys(EVAL_ENTRY),
 )
 BY_PATH: dict[str, Key] = {key.path: key for key in KEYS}
 SECTIONS: tuple[str, ...] = tuple(

@@ -64,7 +64,7 @@ def steps(tmp_path_factory) -> list[dict[str, float]]:
     mesh, base = make_mesh({}, jax.devices()[:1]), from_hf(path)
     method = Lora(rank=tiny.RANK, alpha=float(tiny.ALPHA), targets=tuple(tiny.LINEAR))
     parts = plan_parts(base.config, method, mesh)
-    assert reference.adapters_off(base.config, method)
+    assert reference.adapters_off(parts, None)
     trainable, frozen = parts.split(load_parts(base, parts, mesh, 0, str(adapter)))
     trained, held = parts.split(parts.shapes)
     schedule = make_schedule("constant", RECIPE["lr"], RECIPE["steps"])
