@@ -55,7 +55,7 @@ def needs_column(objective: Objective, config: Any, parts: Parts) -> bool:
         parts: the model.
     """
     referred = objective.at_start is not None
-    return referred and not adapters_off(parts.config, parts.method, config.peft.get("init_from"))
+    return referred and not adapters_off(parts, config.peft.get("init_from"))
 
 
 def base_of(config: ModelConfig, params: Tree) -> Tree:
