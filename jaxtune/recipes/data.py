@@ -28,12 +28,15 @@ class Data:
         budget: how many steps.
         warmup_steps: learning-rate warm-up in steps.
         evals: {name: tokenised held-out source}.
+        mismatched: of an objective that needs them, prompts with completions of other prompts, in
+            the order of `stream` and `evals`.
     """
 
     stream: Stream
     budget: Budget
     warmup_steps: int
     evals: dict[str, TokenStore | SharedStore]
+    mismatched: Data | None = None
 
 
 def open_store(

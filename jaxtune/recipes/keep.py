@@ -17,7 +17,7 @@ from jaxtune.parallel.sequence import balanced, sequence_shards
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import BASE
 from jaxtune.recipes.reference import adapters_off, base_of
-from jaxtune.recipes.scores import INPUTS, Predictions
+from jaxtune.recipes.scores import INPUTS, Predictions, predicting_states
 
 NAME = "retention_kl"  # of the term
 # (parameters, batch, predictions of the model, dropout key) → the term
@@ -51,7 +51,7 @@ def keep_of(config: Any, parts: Parts, shards: int) -> Keep | None:
     ) -> Weighted:
         base = jax.lax.stop_gradient(base_of(model, params))
         inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
-        hidden = decoder.hidden_states(model, BASE, base, inputs).states
+        hidden = predicting_states(model, BASE, base, inputs).states
         apart = token_divergences(
             forward_kl,
             (functools.partial(decoder.logits, model, parts.method, params, key=key), found.hidden),

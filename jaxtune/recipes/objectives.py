@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import grpo, ppo, preference, reward, sft
+from jaxtune.recipes import grpo, kto, ppo, preference, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -12,6 +12,7 @@ OBJECTIVES: dict[str, Objective] = {
     "ppo": ppo.OBJECTIVE,
     "reward": reward.OBJECTIVE,
     "dpo": preference.DPO,
+    "kto": kto.OBJECTIVE,
     "orpo": preference.ORPO,
     "simpo": preference.SIMPO,
     "cpo": preference.CPO,

@@ -16,7 +16,7 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.objectives import completions as of
 from jaxtune.objectives.completions import Pair
 from jaxtune.objectives.cpo import cpo_term
-from jaxtune.objectives.dpo import LOSSES, dpo_loss, nll_term
+from jaxtune.objectives.dpo import LOSSES, dpo_loss, nll_term, preference_metrics
 from jaxtune.objectives.orpo import odds_ratio_term
 from jaxtune.objectives.sft import router_balance
 from jaxtune.objectives.simpo import simpo_loss
@@ -129,10 +129,15 @@ def preference_loss(
     return sum_loss
 
 
+def base_reference(config: ModelConfig, shards: int) -> Reference:
+    """Returns the reference of a run that starts as its base."""
+    return lambda params, batch, _: base_logprobs(config, params, batch, shards)
+
+
 def reference_of(config: Any, parts: Parts, shards: int) -> Reference:
     """Returns what gives the reference's log-probabilities in a run of a resolved config."""
     if adapters_off(parts, config.peft.get("init_from")):
-        return lambda params, batch, _: base_logprobs(parts.config, params, batch, shards)
+        return base_reference(parts.config, shards)
     return lambda params, batch, found: found.batch[COLUMN]
 
 
@@ -179,6 +184,24 @@ def cpo_pairs(objective: Any) -> Term:
         beta=objective.beta,
         label_smoothing=objective.label_smoothing,
     )
+
+
+def likelihood_term(sides: Sides) -> tuple[Weighted, Metrics]:
+    """Returns the NLL a token of the chosen sides, and which side a model without reference likes.
+
+    `accuracy` and `margin` are of the log-probabilities of whole completions, `accuracy_per_token`
+    and `margin_per_token` of their means over tokens.
+    """
+    loss = weighted(-sides.averages.chosen, sides.weights * sides.lengths.chosen)
+    metrics = {
+        name: value
+        for name, value in preference_metrics(sides.policy, sides.policy, sides.weights).items()
+        if name not in ("rewards/chosen", "rewards/rejected")
+    }
+    gap = sides.averages.margin
+    metrics["accuracy_per_token"] = weighted(gap > 0, sides.weights)
+    metrics["margin_per_token"] = weighted(gap, sides.weights)
+    return loss, metrics
 
 
 def loss_at_start(objective: Any) -> float | None:

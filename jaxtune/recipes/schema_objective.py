@@ -46,7 +46,7 @@ OBJECTIVE: tuple[Key, ...] = (
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain", *PAIRED, "reward", "grpo", "ppo"),
+        choices=("sft", "pretrain", *PAIRED, "kto", "reward", "grpo", "ppo"),
         refused={"distill": _LATER},
     ),
     Key(
@@ -71,8 +71,24 @@ OBJECTIVE: tuple[Key, ...] = (
         "strength of the pull towards the reference; simpo, cpo: scale of the rewards; orpo: "
         "weight of the odds ratio",
         above=0,
-        used_by=_objective(*PAIRED),
+        used_by=_objective(*PAIRED, "kto"),
         defaults={"simpo": 2.0},
+    ),
+    Key(
+        "objective.desirable_weight",
+        "float",
+        1.0,
+        "factor of the loss of desirable completions",
+        low=0,
+        used_by=_objective("kto"),
+    ),
+    Key(
+        "objective.undesirable_weight",
+        "float",
+        1.0,
+        "factor of the loss of the others",
+        low=0,
+        used_by=_objective("kto"),
     ),
     Key(
         "objective.label_smoothing",

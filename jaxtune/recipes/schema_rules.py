@@ -103,6 +103,11 @@ def _data(values: Values) -> None:
                 )
     check_formats(values["objective.name"], "train", train)
     check_formats(values["objective.name"], "eval", held_out)
+    if values["objective.name"] == "kto" and values["data.packing"]:
+        raise RequestError(
+            "contradicts objective.name = 'kto': each row is matched with one of another prompt",
+            key="data.packing",
+        )
     check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
