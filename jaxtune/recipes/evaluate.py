@@ -22,6 +22,7 @@ from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
 
@@ -124,6 +125,11 @@ def open_one(
     """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
     if lm.tokenizer is None and format != "tokens":
         raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
+    if format not in FORMATS_OF["sft"]:
+        valid = ", ".join(FORMATS_OF["sft"])
+        raise RequestError(
+            f"format {format!r} has no loss a token to measure here; these have: {valid}", key=key
+        )
     longest = lm.config.max_context - lm.method.position_offset
     count = jax.process_count()
     return tokenize_shared(
