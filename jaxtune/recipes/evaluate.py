@@ -23,6 +23,7 @@ from jaxtune.recipes import harness
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
 
@@ -129,6 +130,11 @@ def open_one(
     """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
     if lm.tokenizer is None and format != "tokens":
         raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
+    if format not in FORMATS_OF["sft"]:
+        valid = ", ".join(FORMATS_OF["sft"])
+        raise RequestError(
+            f"format {format!r} has no loss a token to measure here; these have: {valid}", key=key
+        )
     longest = lm.config.max_context - lm.method.position_offset
     if format == PAIRS:
         longest *= 2  # a row holds the prompt with each side
