@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,7 +71,7 @@ def test_calibration_adds_over_batches():
     claimed = 1 / (1 + np.exp(-np.abs(np.float64(margin))))
     edges = np.linspace(0.5, 1, 11)
     wanted = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = (weights > 0) & (claimed >= low) & ((claimed < high) | (high == 1))
         if inside.any():
             gap = (margin > 0)[inside].mean() - claimed[inside].mean()
