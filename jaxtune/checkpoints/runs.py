@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxtune.checkpoints import s3
@@ -34,7 +35,8 @@ class RunCheckpoints:
     """`checkpoints/STEP/` with `model` and `state` (trees of arrays) and `meta` (JSON).
 
     `model` is what using the run needs (the method's parameters, trained base weights), `state`
-    what continuing it needs besides.
+    what continuing it needs besides. Where the batches do not follow from the step alone, `feed`
+    holds what they are made of.
 
     Saving is asynchronous; a checkpoint appears under its step only when it is whole.
 
@@ -83,6 +85,7 @@ class RunCheckpoints:
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
                 "state": ocp.StandardCheckpointHandler(),
+                "feed": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
@@ -94,6 +97,7 @@ class RunCheckpoints:
         state: Any,
         meta: Mapping[str, Any],
         metrics: Mapping[str, float],
+        feed: Mapping[str, jax.Array] | None = None,
     ) -> None:
         """Starts a save; a step that is there already is left alone.
 
@@ -102,6 +106,7 @@ class RunCheckpoints:
             model, state: trees of arrays.
             meta: JSON values.
             metrics: of the last evaluation, for `best`; empty if there was none.
+            feed: {path: array}, whole on every device; empty or None where there is nothing.
 
         Raises:
             UnwrittenCheckpoint: this save, or the one before, failed.
@@ -115,6 +120,7 @@ class RunCheckpoints:
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
+                    **({"feed": ocp.args.StandardSave(unflatten(feed))} if feed else {}),
                     model=ocp.args.StandardSave(named(model)),
                     state=ocp.args.StandardSave(named(state)),
                     meta=ocp.args.JsonSave({**meta, "metrics": dict(metrics)}),
@@ -214,6 +220,30 @@ class RunCheckpoints:
                 step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
             )[item]
         return unnamed(arrays, shapes)
+
+    def restore_feed(self, step: int, sharding: jax.sharding.Sharding) -> dict[str, np.ndarray]:
+        """Returns {path: array} that `save` was given as `feed`; empty if there was none.
+
+        Args:
+            step: which checkpoint.
+            sharding: that leaves an array whole on every device.
+
+        Raises:
+            DamagedCheckpoint: an array cannot be read.
+        """
+        with self.blamed(step):
+            if not (self.directory / str(step) / "feed").is_dir():
+                return {}
+            saved = self.manager.item_metadata(step)["feed"]
+            have = flatten(dict(saved.tree if hasattr(saved, "tree") else saved))
+            wanted = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                for path, leaf in have.items()
+            }
+            arrays = self.manager.restore(
+                step, args=ocp.args.Composite(feed=ocp.args.StandardRestore(unflatten(wanted)))
+            )["feed"]
+        return {path: np.asarray(leaf) for path, leaf in flatten(arrays).items()}
 
     def check(self) -> None:
         """Raises UnwrittenCheckpoint if a save under way has failed."""

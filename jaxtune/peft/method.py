@@ -40,6 +40,8 @@ class Method:
 
     name: ClassVar[str] = "base"
     mergeable: ClassVar[bool] = True
+    # Whether a fresh start computes what the base without the additions computes.
+    starts_as_base: ClassVar[bool] = True
     train: tuple[str, ...] = ()
     new_rows: tuple[int, int] | None = None
 

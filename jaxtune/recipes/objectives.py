@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import sft
+from jaxtune.recipes import preference, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
+    "dpo": preference.DPO,
+    "orpo": preference.ORPO,
+    "simpo": preference.SIMPO,
+    "cpo": preference.CPO,
 }

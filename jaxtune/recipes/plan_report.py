@@ -19,7 +19,7 @@ from jaxtune.planning import chips, collectives, compile, flops, memory, rooflin
 from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.plan_draft import Draft
-from jaxtune.recipes.sft import chunk_bytes
+from jaxtune.recipes.scores import chunk_bytes
 
 
 def report(draft: Draft, quick: bool = False) -> dict[str, Any]:

@@ -28,7 +28,10 @@ PARTIAL = METHODS[1:]
 ATTENTION = ("auto", "xla", "splash", "cudnn", "ring")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-FORMATS = ("chat", "completion", "instruction", "text", "tokens")
+FORMATS = (
+    "chat", "completion", "instruction", "text", "tokens",
+    "preference", "unpaired", "ranked", "stepwise",
+)  # fmt: skip
 DURATION_UNITS = ("steps", "epochs", "examples", "tokens")
 
 _LATER = "is not available in this version of jaxtune"
@@ -58,7 +61,7 @@ _FORMAT = Key(
     REQUIRED,
     "what a record holds",
     choices=FORMATS,
-    refused={"preference": _LATER, "prompt": _LATER},
+    refused={"prompt": _LATER},
 )
 
 TRAIN_ENTRY = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxtune.checkpoints.runs import DamagedCheckpoint, RunCheckpoints
@@ -18,9 +21,11 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import Tree, flatten, unflatten
 from jaxtune.parallel import processes
-from jaxtune.parallel.batches import held_rows
+from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
+from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
+from jaxtune.recipes import reference_data
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import seconds_of
@@ -90,6 +95,7 @@ def train(
         started, begun = time.time(), None
         try:
             begun = begin(plan, workdir, allow_change)
+            reference_data.check_kept(plan, workdir)
             # Up to here nothing was written, and all that a process can refuse it has refused.
             processes.wait_for_all("start")
             processes.summary_path(workdir / files.SUMMARY)
@@ -99,7 +105,14 @@ def train(
                 if console is not None:
                     console.print(f"attention: {plan.attention}", highlight=False)
             outcome, totals = run(
-                plan, begun, workdir, metrics, console if is_writer() else None, limit
+                reference_data.with_reference(
+                    plan, lambda: parameters_at_start(plan, begun), workdir
+                ),
+                begun,
+                workdir,
+                metrics,
+                console if is_writer() else None,
+                limit,
             )
         except RequestError:
             raise
@@ -153,6 +166,8 @@ class Begun:
         totals: what the run has seen before.
         fingerprints: of base, data and tokenizer.
         damaged: {step: what is wrong with it} of newer checkpoints.
+        start: a copy of the trained parameters before the first step, where the objective keeps it.
+        feed: {path: array} that the feed had saved; see `training.feed.Source`.
     """
 
     state: TrainState
@@ -160,6 +175,8 @@ class Begun:
     totals: Totals
     fingerprints: dict[str, str | None]
     damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+    start: Tree | None = None
+    feed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
@@ -184,16 +201,29 @@ def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
                     init = plan.config.peft.get("init_from")
                     params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init)
                 state, frozen = restore(plan, params, saved, step)
+                fed = {} if step is None else saved.restore_feed(step, replicated(plan.mesh))
             except DamagedCheckpoint as error:
                 told = str(error)
             # A checkpoint of which one process cannot read its part serves none of them.
             told = next(filter(None, processes.gather("checkpoint", told)), None)
             if told is None:
-                return Begun(state, frozen, seen, fingerprints, damaged)
+                start = None
+                if plan.objective.keeps_start(plan.config):
+                    # The step donates its state, which may hold the arrays that were loaded.
+                    start = jax.tree.map(jnp.copy, plan.parts.split(params)[0])
+                return Begun(state, frozen, seen, fingerprints, damaged, start, fed)
             damaged[step] = told
     finally:
         saved.close()
     raise RequestError(f"{damaged[max(damaged)]}; no checkpoint of the run is whole")
+
+
+def parameters_at_start(plan: Plan, begun: Begun) -> tuple[Tree, Tree]:
+    """Returns (trained, the rest) of the parameters as they were at step 0."""
+    if int(begun.state.step) == 0:
+        return begun.state.trainable, begun.frozen
+    init = plan.config.peft.get("init_from")
+    return plan.parts.split(load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init))
 
 
 def seen_at(
@@ -238,21 +268,20 @@ def run(
         if is_writer():
             files.put_aside(workdir, begun.damaged, start)
         processes.wait_for_all("damaged checkpoints")
+    if start == 0:
+        reference_data.check(plan, begun.state.trainable, frozen)
     rows = held_rows(plan.config.batch_size, plan.config.data.seq_len, plan.mesh)
-    batches = plan.data.stream.batches(
-        plan.config.batch_size,
-        plan.data.budget.steps,
-        start=start,
-        rows=slice(None) if rows is None else rows.held,
-        row_limit=plan.data.budget.rows,
-    )
+    samples = metrics_file(workdir / files.SAMPLES)
     with ExitStack() as stack:
         saved = files.open_checkpoints(workdir, plan.config)
         stack.callback(saved.close)
         write: list[writers.Write] = []
         if is_writer():
             metrics.rewind(start)
+            if samples.rows():
+                samples.rewind(start)
             write = open_writers(plan, workdir, metrics, start, stack)
+            stack.callback(samples.flush)
         display = stack.enter_context(ProgressDisplay(console, plan.data.budget.steps, start))
         request = stack.enter_context(stop.on_sigterm())
 
@@ -261,9 +290,18 @@ def run(
             for put in write:
                 put(row)
 
+        def note(row: dict[str, Any]) -> None:
+            if is_writer():
+                samples.append(row)
+                for put in write[1:]:
+                    put({"step": row["step"], **texts(row)})
+
+        source = plan.objective.open_feed(plan, begun, note)
+
         def save(step: int, state: TrainState, totals: Totals, result: dict[str, float]) -> None:
             if is_writer():
                 metrics.flush()
+                samples.flush()
             saved.save(
                 step,
                 {"trainable": state.trainable, "fixed": unflatten(plan.parts.fixed(frozen))},
@@ -275,13 +313,14 @@ def run(
                     "data": {"next": step},
                 },
                 result,
+                on_all(source.arrays(), plan.mesh),
             )
 
         outcome = run_loop(
             compiled_together(plan),
             begun.state,
             frozen,
-            lambda state: (next(batches), {}),
+            source.feed,
             Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
             begun.totals,
             mesh=plan.mesh,
@@ -296,6 +335,12 @@ def run(
         saved.wait()
     processes.wait_for_all("end of training")
     return outcome, begun.totals
+
+
+def texts(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of `samples.jsonl` as TensorBoard shows it, a Markdown code block."""
+    body = json.dumps({name: value for name, value in row.items() if name != "step"}, indent=1)
+    return {f"samples/{row.get('number', 0)}": f"```\n{body}\n```"}
 
 
 def compiled_together(plan: Plan) -> Callable:

@@ -21,6 +21,7 @@ from jaxtune.recipes.schema import changes
 from jaxtune.training.workdir import read_json, write_json
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+SAMPLES = "samples.jsonl"  # what online objectives sampled, a few completions an iteration
 CHECKPOINTS, DAMAGED, LOCK = "checkpoints", "damaged", ".lock"
 
 

@@ -9,18 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.core.tree import Tree, without_holes
 from jaxtune.parallel.batches import Rows, global_batch
+from jaxtune.training.feed import Feed
 from jaxtune.training.state import TrainState
 from jaxtune.training.step import BAD_LEAF
 from jaxtune.training.stop import BUDGET, FINISHED, NON_FINITE, StopRequest, reason_of
 
 Row = dict[str, Any]
-# What gives the next batch: the state before the step → (host batch, metrics to log with the step).
-Feed = Callable[[TrainState], tuple[dict[str, np.ndarray], dict[str, float]]]
 
 
 @dataclasses.dataclass

@@ -1,0 +1,44 @@
+"""The loss of a run on its held-out examples."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from jaxtune.core.tree import Tree
+from jaxtune.data.batches import eval_batches
+from jaxtune.evaluate.loss import Sums, loss_sums
+from jaxtune.parallel.batches import held_rows
+
+
+def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
+    """Returns the `eval/…` metrics: `eval/NAME/…` of each source where there are several,
+    and `eval/loss` and its like over all of them.
+    """
+    results = {}
+    size, length = plan.config.eval.batch_size, plan.config.data.seq_len
+    for name, store in plan.data.evals.items():
+        rows = held_rows(size, length, plan.mesh)
+        batches = eval_batches(
+            store,
+            size,
+            length,
+            plan.parts.method.num_virtual,
+            slice(None) if rows is None else rows.held,
+        )
+        results[name] = loss_sums(
+            plan.evaluation,
+            trainable,
+            frozen,
+            batches,
+            plan.mesh,
+            rows,
+            likelihood=plan.objective.likelihood,
+        )
+    if not results:
+        return {}
+    named = {}
+    if len(results) > 1:
+        named = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
+    whole = functools.reduce(Sums.__add__, results.values())
+    return named | {f"eval/{k}": v for k, v in whole.means().items()}

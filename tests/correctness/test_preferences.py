@@ -1,0 +1,147 @@
+"""Losses of pairs: C1, C2, C10, C21, C33, each completion told from the others."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtune.models.decoder import hidden_states, logits
+from jaxtune.parallel.mesh import make_mesh
+from jaxtune.recipes.base import BASE
+from jaxtune.recipes.reference import base_of
+from tests.correctness.pairs import config_of, measure, pair_batch, pair_examples
+from tests.correctness.small import METHODS, small
+
+pytestmark = pytest.mark.slow
+
+PEFT = {"method": "lora", "rank": 3}
+OBJECTIVES = {
+    "dpo": {"name": "dpo", "nll_weight": 0.3},
+    "ipo": {"name": "dpo", "loss_type": "ipo"},
+    "orpo": {"name": "orpo"},
+    "simpo": {"name": "simpo"},
+    "cpo": {"name": "cpo", "label_smoothing": 0.1},
+}
+PAIRS = pair_examples([(4, 5, 3), (2, 1, 9), (6, 2, 2), (1, 7, 4), (3, 3, 3), (5, 8, 1)])
+WEIGHTS = [1.0, 0.5, 2.0, 1.0, 1.0, 3.0]
+RAGGED = [[pair] for pair in PAIRS]
+
+
+@functools.cache
+def measure_of(name: str, devices: int = 1, count: int = 1):
+    model = small("lora", mesh=make_mesh({"fsdp": devices}))
+    return measure(model, config_of(PEFT, OBJECTIVES[name]), count)
+
+
+def assert_same(one, two, tolerance: float = 1e-5) -> None:
+    """Losses, metrics and gradients, those relative to the largest of their leaf."""
+    np.testing.assert_allclose(one[0], two[0], rtol=tolerance)
+    for name, value in one[1].items():
+        np.testing.assert_allclose(value, two[1][name], rtol=tolerance, atol=1e-6, err_msg=name)
+    assert one[2].keys() == two[2].keys()
+    for path, a in one[2].items():
+        scale = max(np.abs(a).max(), np.abs(two[2][path]).max())
+        np.testing.assert_allclose(a, two[2][path], rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+@functools.cache
+def sums_by_hand() -> list[dict[str, float]]:
+    """Of each pair: log-probability of each side under policy and base, one sequence at a time."""
+    model = small("lora")
+    config, base = model.parts.config, base_of(model.parts.config, model.params)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logprobs(method, params, ids, segments):
+        batch = {"input_ids": ids, "segment_ids": segments, "positions": np.arange(16)[None]}
+        states = hidden_states(config, method, params, batch).states
+        return jax.nn.log_softmax(logits(config, method, params, states))
+
+    def total(method, params, prompt, completion) -> float:
+        ids = np.zeros((1, 16), np.int32)
+        whole = [*prompt, *completion]
+        ids[0, : len(whole)] = whole
+        segments = (np.arange(16)[None] < len(whole)).astype(np.int32)
+        table = np.asarray(logprobs(method, params, ids, segments))[0]
+        return float(sum(table[t - 1, whole[t]] for t in range(len(prompt), len(whole))))
+
+    found = []
+    for prompt, chosen, rejected in PAIRS:
+        row = {"lengths": (len(chosen), len(rejected))}
+        row["policy"] = tuple(
+            total(model.method, model.params, prompt, y) for y in (chosen, rejected)
+        )
+        row["base"] = tuple(total(BASE, base, prompt, y) for y in (chosen, rejected))
+        found.append(row)
+    return found
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def loss_by_hand(name: str) -> float:
+    """The formulas of the papers in plain Python."""
+    total = 0.0
+    for row, weight in zip(sums_by_hand(), WEIGHTS, strict=True):
+        (pc, pr), (bc, br), (nc, nr) = row["policy"], row["base"], row["lengths"]
+        if name == "dpo":
+            loss = -log_sigmoid(0.1 * ((pc - bc) - (pr - br)))
+        elif name == "ipo":
+            loss = ((pc - bc) / nc - (pr - br) / nr - 1 / 0.2) ** 2
+        elif name == "simpo":
+            loss = -log_sigmoid(2.0 * (pc / nc - pr / nr) - 1.0)
+        elif name == "cpo":
+            loss = -0.9 * log_sigmoid(0.1 * (pc - pr)) - 0.1 * log_sigmoid(-0.1 * (pc - pr))
+        else:
+            odds = [p / n - math.log(1 - math.exp(p / n)) for p, n in ((pc, nc), (pr, nr))]
+            loss = -0.1 * log_sigmoid(odds[0] - odds[1])
+        total += weight * loss
+    loss = total / sum(WEIGHTS)
+    nll = -sum(row["policy"][0] for row in sums_by_hand())
+    nll /= sum(row["lengths"][0] for row in sums_by_hand())
+    return loss + {"dpo": 0.3, "orpo": 1.0, "cpo": 1.0}.get(name, 0.0) * nll
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_c10_the_loss_of_pairs_by_hand(name):
+    """Each completion's log-probability is that of its own tokens behind its own prompt."""
+    batch = pair_batch(METHODS["lora"], RAGGED, WEIGHTS)
+    loss, metrics, _ = measure_of(name)(batch)
+    assert loss == pytest.approx(loss_by_hand(name), rel=1e-5)
+    right = [row for row, w in zip(sums_by_hand(), WEIGHTS, strict=True) for _ in range(int(2 * w))]
+    if name == "dpo":
+        margins = [(r["policy"][0] - r["base"][0]) - (r["policy"][1] - r["base"][1]) for r in right]
+        assert metrics["accuracy"] == pytest.approx(np.mean([m > 0 for m in margins]), rel=1e-6)
+        assert metrics["margin"] == pytest.approx(0.1 * np.mean(margins), rel=1e-4)
+        chosen = np.mean([r["policy"][0] for r in right])
+        assert metrics["logps/chosen"] == pytest.approx(chosen, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_c1_c2_micro_batches_devices_and_order_do_not_matter(name):
+    """https://github.com/huggingface/trl/issues/2175, https://github.com/huggingface/trl/issues/6380."""
+    batch = pair_batch(METHODS["lora"], RAGGED, WEIGHTS)
+    whole = measure_of(name)(batch)
+    order = np.random.default_rng(1).permutation(8)
+    assert_same(measure_of(name)({k: v[order] for k, v in batch.items()}), whole)
+    assert_same(measure_of(name, devices=2, count=4)(batch), whole)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_c11_pairs_in_one_row_equal_pairs_in_rows_of_their_own(name):
+    """A pair's neighbours in its row are neither seen nor added to it."""
+    apart = measure_of(name)(pair_batch(METHODS["lora"], RAGGED[2:5], WEIGHTS))
+    packed = measure_of(name)(pair_batch(METHODS["lora"], [PAIRS[2:4], PAIRS[4:5]], WEIGHTS))
+    assert_same(packed, apart)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_c33_a_batch_without_pairs_gives_no_gradient(name):
+    """0/0: https://github.com/hiyouga/LLaMA-Factory/issues/2916."""
+    loss, _, grads = measure_of(name)(pair_batch(METHODS["lora"], []))
+    assert loss == 0.0
+    assert all(np.array_equal(g, np.zeros_like(g)) for g in grads.values())
