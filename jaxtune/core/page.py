@@ -40,12 +40,12 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
 .card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
 .card span { color: var(--soft); font-size: .85rem; }
 details { background: var(--block); border-radius: .5rem; padding: .5rem .8rem; margin: .5rem 0; }
-summary { cursor: pointer; }
+summary { cursor: pointer; } summary b { margin: 0 .4rem; }
 blockquote { margin: .4rem 0; padding-left: .7rem; border-left: 3px solid var(--line);
   font-size: .88rem; }
 .error { color: var(--error); } .warning { color: var(--warning); } .info { color: var(--info); }
 svg { display: block; width: 100%; height: auto; max-width: 40rem; }
-svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
 svg .bar { fill: var(--accent); } svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; }
 svg .second { stroke: var(--warning); } svg .mark { stroke: var(--error);

@@ -22,6 +22,14 @@ _REFUSAL = re.compile(
     r"I (?:can['’]?t|cannot|do not|don['’]?t|am (?:not able|unable))",
     re.IGNORECASE,
 )
+# Looked for first, since searching with every case costs much more; in lower case.
+_HINTS = {
+    "refusal": ("sorry", "unable", "not able", "can't", "can’t", "cant ", "cannot", "can not",
+                "won't", "won’t", "will not", "i must", "i have to", "my ", "as an ai"),
+    "boilerplate": ("as a", "an ai", "i am a", "i hope this", "knowledge cut", "let me know",
+                    "feel free", "anything else", "certainly", "absolutely", "of course", "sure",
+                    "great question"),
+}  # fmt: skip
 _BOILERPLATE = re.compile(
     r"\bas an? (?:AI|artificial intelligence|large language model|AI language model)\b"
     r"|\bI['’]m (?:just )?an AI\b|\bI am an? (?:AI|language model)\b"
@@ -35,8 +43,10 @@ _BOILERPLATE = re.compile(
 
 def phrases(answer: str) -> Iterator[Match]:
     """Yields a refusal and a stock phrase, if the answer has them."""
+    lower = answer.lower()
     for kind, pattern in (("refusal", _REFUSAL), ("boilerplate", _BOILERPLATE)):
-        found = pattern.search(answer)
+        hinted = any(hint in lower for hint in _HINTS[kind])
+        found = pattern.search(answer) if hinted else None
         if found:
             yield Match(kind, *found.span())
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxtune.data.packing import pack
 
-_PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
+_PERCENTILES = (5, 25, 50, 75, 95, 99)
 _BINS = 30
 _PACKED = 200_000  # rows packed for the figure; of more, a sample from all over
 

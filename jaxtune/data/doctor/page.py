@@ -46,43 +46,40 @@ def _head(report: Mapping[str, Any]) -> Markup:
         ("kinds of error", str(count["error"])),
         ("kinds of warning", str(count["warning"])),
     ]
-    rows = [
-        (i["name"], element("code", text(i["source"])), i["format"], i["split"], f"{i['rows']:,}")
-        for i in report["inputs"]
-    ]
     where = f"Tokenizer: {report['tokenizer'] or 'none'}; seq_len: {report['seq_len'] or 'none'}."
     return html.join(
         [
             html.cards(figures),
-            html.table(("name", "source", "format", "split", "rows"), rows, numbers=(4,)),
+            *(_input(item) for item in report["inputs"]),
             html.paragraph(where, soft=True),
         ]
+    )
+
+
+def _input(item: Mapping[str, Any]) -> Markup:
+    split = "" if item["split"] == item["name"] else f", split {item['split']}"
+    about = f": {item['rows']:,} rows of format {item['format']}{split}, "
+    return element(
+        "p", element("b", text(item["name"])), text(about), element("code", text(item["source"]))
     )
 
 
 def _findings(report: Mapping[str, Any]) -> Markup:
     if not report["findings"]:
         return html.paragraph("Nothing was found.")
-    rows = [
-        (
-            element("span", text(entry["severity"]), css=entry["severity"]),
-            element("code", text(entry["kind"])),
-            entry["about"],
-            f"{entry['count']:,}",
-            f"{entry['share']:.2%}",
-        )
-        for entry in report["findings"]
-    ]
-    parts = [html.table(("", "kind", "a row has", "rows", "share"), rows, numbers=(3, 4))]
-    parts.append(html.heading("Where, and examples", 3))
-    parts.append(html.paragraph("Personal data and secrets are masked.", soft=True))
-    parts += [_finding(entry) for entry in report["findings"]]
-    return html.join(parts)
+    told = html.paragraph("Personal data and secrets are masked.", soft=True)
+    return html.join([told, *(_finding(entry) for entry in report["findings"])])
 
 
 def _finding(entry: Mapping[str, Any]) -> Markup:
-    title = element("b", text(entry["kind"]), css=entry["severity"])
-    parts = []
+    title = html.join(
+        [
+            element("span", text(entry["severity"]), css=entry["severity"]),
+            element("b", text(entry["kind"])),
+            text(f"{entry['count']:,} rows, {entry['share']:.2%}"),
+        ]
+    )
+    parts = [html.paragraph(entry["about"][:1].upper() + entry["about"][1:] + ".")]
     for example in entry["examples"]:
         line = element("code", text(example["where"]))
         words = html.join([line, text(f" {example['detail']}")])
@@ -95,7 +92,7 @@ def _finding(entry: Mapping[str, Any]) -> Markup:
         more = entry["counts"][name] - min(len(numbers), _LINES_SHOWN)
         tail = f" and {more:,} more" if more else ""
         parts.append(html.paragraph(f"{name}, lines {listed}{tail}", soft=True))
-    return html.folded(html.join([title, text(f" {entry['count']:,} rows")]), *parts)
+    return html.folded(title, *parts)
 
 
 def _lengths(name: str, found: Mapping[str, Any]) -> Markup:

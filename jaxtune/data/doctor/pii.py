@@ -54,6 +54,8 @@ _SECRET = re.compile(
     r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"  # JSON web token
     r")"
 )
+# Every telephone and card number has so many; a text without them is most often a quick no.
+_MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,3}\d){7}")
 _NOT_DIGITS = re.compile(r"\D")
 
 
@@ -68,8 +70,9 @@ def find(text: str) -> list[Match]:
         found += (Match("email", *m.span()) for m in _EMAIL.finditer(text))
     found += (Match("secret", *m.span()) for m in _SECRET.finditer(text))
     found += _ibans(text)
-    found += (Match("card", *m.span()) for m in _CARD.finditer(text) if is_card(m[0]))
-    found += (Match("phone", *m.span()) for m in _PHONE.finditer(text) if _is_phone(m[0]))
+    if _MANY_DIGITS.search(text):
+        found += (Match("card", *m.span()) for m in _CARD.finditer(text) if is_card(m[0]))
+        found += (Match("phone", *m.span()) for m in _PHONE.finditer(text) if _is_phone(m[0]))
     if len(found) < 2:
         return found
     out: list[Match] = []
