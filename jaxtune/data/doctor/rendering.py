@@ -93,17 +93,24 @@ def _judge_ids(
         if given and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
             faults["malformed"] = f"ids beyond the vocabulary of {tokenizer.vocab_size}"
         elif trained.any():
-            faults.update(_unended(ids, trained, tokenizer))
+            faults.update(_unended(ids, trained, tokenizer, given))
     kept = int(np.count_nonzero(trained[:seq_len])) if seq_len else 0
     return Verdict(len(ids), int(np.count_nonzero(trained)), kept, faults)
 
 
-def _unended(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> dict[str, str]:
-    """Looks at the last token of each run of targets."""
+def _unended(
+    ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer, given: bool
+) -> dict[str, str]:
+    """Looks at the last token of each run of targets.
+
+    Where a template closes inner turns with nothing, only the last turn can have a terminator.
+    """
     ends = terminator_ids(tokenizer)
     if not ends:
         return {}
     last = np.flatnonzero(trained & ~np.append(trained[1:], False))
+    if not given and not (tokenizer.chat_template and tokenizer.endings.inner):
+        last = last[-1:]
     open_ends = [at for at in last if int(ids[at]) not in ends]
     if not open_ends:
         return {}

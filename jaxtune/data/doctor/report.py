@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from jaxtune.data.doctor import lengths
 from jaxtune.data.doctor.diagnose import Diagnosis
 from jaxtune.data.doctor.kinds import ALL, SEVERITIES, Kind
 from jaxtune.data.doctor.language import UNKNOWN
+from jaxtune.data.doctor.tally import ranked
 
 SCHEMA = 1
 _TOP = 20
@@ -117,7 +117,7 @@ def _lengths(found: Diagnosis, number: int) -> dict[str, Any]:
 def _shares(counts: Mapping[str, int], total: int, top: int = _TOP) -> list[dict[str, Any]]:
     return [
         {"value": value, "count": count, "share": round(count / max(total, 1), 6)}
-        for value, count in Counter(counts).most_common(top)
+        for value, count in ranked(counts)[:top]
     ]
 
 

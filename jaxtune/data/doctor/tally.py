@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 _MOST = 50_000
@@ -46,4 +47,13 @@ class Tally:
         if len(counts) <= _MOST:
             return counts
         self.pruned.add(name)
-        return Counter(dict(counts.most_common(_KEPT)))
+        return Counter(dict(ranked(counts)[:_KEPT]))
+
+
+def ranked(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Returns (value, count), frequent ones first; equals in the order of their names.
+
+    >>> ranked({"b": 1, "a": 1, "c": 2})
+    [('c', 2), ('a', 1), ('b', 1)]
+    """
+    return sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
