@@ -175,6 +175,7 @@ def _stream(config: Any) -> tuple[Any, Any]:
     from jaxtune.data.sources import open_source
     from jaxtune.data.store import tokenize
     from jaxtune.data.stream import Stream
+    from jaxtune.recipes.schema_formats import splits_pairs
 
     data = config.data
     directory = config.model.tokenizer or config.model.path
@@ -192,6 +193,8 @@ def _stream(config: Any) -> tuple[Any, Any]:
             vocab_size=None if tokenizer else 2**31 - 1,
             key=f"data.train[{i}]",
             keep_roles=True,
+            shared=data.packing,
+            split_pairs=splits_pairs(config.objective.name, entry.format),
         )
         for i, entry in enumerate(data.train)
     ]

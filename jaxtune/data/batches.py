@@ -4,21 +4,35 @@ Keys, all [B, T]: `input_ids` int32; `loss_mask` float32, the weight of a token 
 is predicted from the token before it; `segment_ids` int32, 0 for padding and 1, 2, ... within a
 row; `positions` int32, from 0 in each segment; with prompt tuning also `virtual` int32, the index
 of the prompt slot, and -1 for real tokens and padding. Each segment then begins with its slots.
+Keys of preferences and rewards are told in `columns`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxtune.data.columns import DTYPES, segments
 from jaxtune.data.store import TokenStore
 
 Batch = dict[str, np.ndarray]
 
 
-def empty_batch(batch_size: int, seq_len: int, num_virtual: int = 0) -> Batch:
-    """Returns a batch of padding: arrays [B, T] of the keys that every batch has."""
+class Cursor(NamedTuple):
+    """Where in a row the next example goes: its first token, segment, and what is counted on."""
+
+    start: int = 0
+    segment: int = 1
+    completions: int = 0
+    groups: int = 0
+
+
+def empty_batch(
+    batch_size: int, seq_len: int, num_virtual: int = 0, keys: Sequence[str] = ()
+) -> Batch:
+    """Returns a batch of padding: arrays [B, T] of the keys that every batch has, and of `keys`."""
     shape = (batch_size, seq_len)
     batch = {
         "input_ids": np.zeros(shape, np.int32),
@@ -28,7 +42,7 @@ def empty_batch(batch_size: int, seq_len: int, num_virtual: int = 0) -> Batch:
     }
     if num_virtual:
         batch["virtual"] = np.full(shape, -1, np.int32)
-    return batch
+    return batch | {key: np.zeros(shape, DTYPES[key]) for key in keys}
 
 
 def put_segment(
@@ -61,6 +75,59 @@ def put_segment(
     return end
 
 
+def put_example(
+    batch: Batch,
+    row: int,
+    cursor: Cursor,
+    ids: np.ndarray,
+    mask: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+    shared: bool = False,
+    num_virtual: int = 0,
+) -> Cursor:
+    """Writes an example and its columns into a row, in place; returns where the next one goes.
+
+    Args:
+        batch: arrays [B, T]; of the columns, those are written that it has.
+        row: row of the batch.
+        cursor: where the example goes.
+        ids: int32 [n].
+        mask: float32 [n].
+        columns: {name: array [n]}, as `TokenStore.example_columns` gives them.
+        shared: whether completions share their prompt; see `columns.segments`.
+        num_virtual: slots before each segment.
+    """
+    start, segment, completions, groups = cursor
+    for places, branches, positions in segments(columns.get("branches"), len(ids), shared):
+        trained = mask[places]
+        end = put_segment(batch, row, start, segment, ids[places], trained, num_virtual)
+        here = (row, slice(start + num_virtual, end))
+        for name, column in columns.items():
+            if name in batch:
+                batch[name][here] = column[places]
+        for name, before in (("completions", completions), ("groups", groups)):
+            if name in batch:
+                batch[name][here] += np.where(trained > 0, before, 0).astype(np.int32)
+        if branches is not None:
+            batch["branches"][here] = branches
+            batch["positions"][here] = positions + num_virtual
+        start, segment = end, segment + 1
+    more = int(columns["completions"].max()) if "completions" in columns else 0
+    return Cursor(start, segment, completions + more, groups + 1)
+
+
+def put_stored(
+    batch: Batch, row: int, cursor: Cursor, store: TokenStore, index: int, num_virtual: int = 0
+) -> Cursor:
+    """Writes an example of a store into a row, in place; returns where the next one goes."""
+    ids, mask = store.example(index)
+    if not store.keys:
+        end = put_segment(batch, row, cursor.start, cursor.segment, ids, mask, num_virtual)
+        return cursor._replace(start=end, segment=cursor.segment + 1)
+    columns = store.example_columns(index)
+    return put_example(batch, row, cursor, ids, mask, columns, store.shared, num_virtual)
+
+
 def eval_batches(
     store: TokenStore,
     batch_size: int,
@@ -73,17 +140,71 @@ def eval_batches(
     Args:
         store: the examples.
         batch_size: rows of the global batch.
-        seq_len: tokens a row, virtual tokens included.
-        num_virtual: prompt-tuning slots before each example.
+        seq_len: T.
+        num_virtual: prompt-tuning slots before each segment.
         rows: which rows of each global batch to make.
     """
     for start in range(0, len(store), batch_size):
         chosen = choose(range(start, start + batch_size), rows)
-        batch = empty_batch(len(chosen), seq_len, num_virtual)
+        batch = empty_batch(len(chosen), seq_len, num_virtual, store.keys)
         for row, index in enumerate(chosen):
             if index < len(store):
-                put_segment(batch, row, 0, 1, *store.example(index), num_virtual)
+                put_stored(batch, row, Cursor(), store, index, num_virtual)
         yield batch
+
+
+def placed_batches(
+    store: TokenStore,
+    batch_size: int,
+    seq_len: int,
+    num_virtual: int = 0,
+    rows: slice | Sequence[int] = slice(None),
+) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields what `eval_batches` yields, and where each token is in the store's flat arrays.
+
+    So what is computed a token can become a column: `flat[places[places >= 0]] =
+    values[places >= 0]`, then `store.with_column(name, flat)`. A token of a prompt that is
+    written several times has its place each time.
+
+    Args:
+        store, batch_size, seq_len, num_virtual, rows: as for `eval_batches`.
+
+    Yields:
+        The batch, and int64 [B, T]: places in 0..total-1, -1 for padding and virtual tokens.
+    """
+    starts = np.concatenate([[0], np.cumsum(store.lengths)])
+    batches = eval_batches(store, batch_size, seq_len, num_virtual, rows)
+    for first, batch in zip(range(0, len(store), batch_size), batches, strict=True):
+        places = np.full(batch["input_ids"].shape, -1, np.int64)
+        for row, index in enumerate(choose(range(first, first + batch_size), rows)):
+            if index < len(store):
+                size = int(store.lengths[index])
+                branches = store.example_columns(index).get("branches")
+                cursor = 0
+                for part in segments(branches, size, store.shared):
+                    own = np.arange(starts[index], starts[index + 1])[part.places]
+                    cursor += num_virtual
+                    places[row, cursor : cursor + len(own)] = own
+                    cursor += len(own)
+        yield batch, places
+
+
+def most_completions(
+    stores: Sequence[TokenStore], seq_len: int, packing: bool, num_virtual: int = 0
+) -> int:
+    """Returns a number that the completions of a row never exceed, at least 1.
+
+    Without packing, the most that an example has. With packing, `seq_len` times the most
+    completions a token of room that an example has, rounded down: no row can hold more, whichever
+    examples meet in it.
+    """
+    most = max((int(store.completions.max(initial=0)) for store in stores), default=0)
+    if packing:
+        ratios = [
+            (store.completions / store.room(num_virtual)).max(initial=0.0) for store in stores
+        ]
+        most = max(most, int(seq_len * max(ratios, default=0.0) + 1e-6))
+    return max(most, 1)
 
 
 def choose(numbers: range, rows: slice | Sequence[int]) -> Sequence[int]:

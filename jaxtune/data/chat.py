@@ -18,8 +18,9 @@ of earlier turns (Qwen 3), those are neither seen nor trained, and the last turn
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,11 +48,17 @@ class Rendered:
         mask: float32 [T], weight of the token as a target (1 unless the turn has another one), 0
             where it is none; the first token never is.
         roles: uint8 [T], indices into `ROLE_NAMES`.
+        columns: {name: array [T]}, what else is known of each token; see `columns`.
+        values: {name: number}, what is known of the example.
+        marks: the last token of what ends at each of the draft's marks.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     roles: np.ndarray
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    marks: tuple[int, ...] = ()
 
 
 class Span(NamedTuple):
@@ -72,6 +79,7 @@ class Draft:
         roles: (end character, role code), ascending; what follows the last is template.
         special: whether the tokenizer adds its special tokens (BOS) around the text.
         eos: whether exactly one end-of-sequence token closes the example, as a target.
+        marks: characters at which something ends whose last token is to be known.
     """
 
     text: str
@@ -79,6 +87,7 @@ class Draft:
     roles: tuple[tuple[int, int], ...]
     special: bool
     eos: bool
+    marks: tuple[int, ...] = ()
 
 
 def render_chat(
@@ -108,7 +117,7 @@ def render_prompt(
 
 def render_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Rendered:
     """Renders prompt and completion, tokenised as one text and closed by one EOS."""
-    return encode_drafts([_draft_completion(prompt, completion)], tokenizer)[0]
+    return encode_drafts([draft_completion(prompt, completion)], tokenizer)[0]
 
 
 def render_text(text: str, tokenizer: Tokenizer) -> Rendered:
@@ -122,7 +131,7 @@ def draft(example: Example, tokenizer: Tokenizer) -> Draft:
         case Conversation(messages, tools):
             return draft_chat(messages, tokenizer, tools)
         case Completion(prompt, completion):
-            return _draft_completion(prompt, completion)
+            return draft_completion(prompt, completion)
         case Text(text):
             return _draft_text(text)
     raise TypeError(f"{type(example).__name__} has no text")
@@ -166,13 +175,21 @@ def _assemble(
             mask = np.append(mask, np.float32(0))
         mask[-1] = draft.spans[-1].weight
     mask[:1] = 0.0
-    return Rendered(token_ids, mask, roles.astype(np.uint8))
+    marks = tuple(int(np.flatnonzero((end > start) & (start < m))[-1]) for m in draft.marks)
+    return Rendered(token_ids, mask, roles.astype(np.uint8), marks=marks)
 
 
-def _draft_completion(prompt: str, completion: str) -> Draft:
+def draft_completion(prompt: str, completion: str) -> Draft:
+    """Writes a prompt and its completion out as one text, closed by one EOS."""
     text = prompt + completion
     roles = ((len(prompt), _ROLE["prompt"]), (len(text), _ROLE["completion"]))
     return Draft(text, (Span(len(prompt), len(text)),), roles, special=True, eos=True)
+
+
+def draft_steps(prompt: str, answer: str, ends: Sequence[int]) -> Draft:
+    """Writes a prompt and its answer out as one text, with marks at characters of the answer."""
+    marks = tuple(len(prompt) + end for end in ends)
+    return dataclasses.replace(draft_completion(prompt, answer), eos=False, marks=marks)
 
 
 def _draft_text(text: str) -> Draft:
@@ -188,8 +205,13 @@ def draft_chat(
     messages: Sequence[Message],
     tokenizer: Tokenizer,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    start: int = 0,
 ) -> Draft:
     """Writes a conversation out as text and finds the span of each assistant turn in it.
+
+    Args:
+        messages, tokenizer, tools: as for `render_chat`.
+        start: the first message that may be trained; turns before it are context.
 
     Raises:
         RequestError: as for `render_chat`.
@@ -200,7 +222,7 @@ def draft_chat(
     full = render(tokenizer.hf, fitted, tools)
     spans, terminated = [], False
     for index, message in enumerate(fitted):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and index >= start:
             turn = find_turn(full, fitted, index, tokenizer, tools)
             if turn is None:
                 raise RequestError(
@@ -219,24 +241,24 @@ def draft_chat(
     return Draft(
         full,
         tuple(spans),
-        _role_ends(full, fitted, spans),
+        _role_ends(full, fitted, spans, start),
         special=False,
         eos=not terminated,
     )
 
 
 def _role_ends(
-    full: str, messages: Sequence[Message], spans: Sequence[Span]
+    full: str, messages: Sequence[Message], spans: Sequence[Span], start: int
 ) -> tuple[tuple[int, int], ...]:
     """Says up to which character each message reaches, headers included; for display."""
     ends: list[tuple[int, int]] = []
     cursor, turns = 0, iter(spans)
-    for message in messages:
+    for index, message in enumerate(messages):
         role = message["role"]
-        if role == "assistant":
-            start, end, _ = next(turns)
-            if start > cursor:
-                ends.append((start, _ROLE["template"]))
+        if role == "assistant" and index >= start:
+            begin, end, _ = next(turns)
+            if begin > cursor:
+                ends.append((begin, _ROLE["template"]))
             cursor = end
         else:
             words = str(message.get("content") or "").strip()

@@ -53,11 +53,7 @@ def parse_chat(record: Record) -> Conversation:
             raise RequestError(f"no field 'messages' among its fields: {have}{near}")
         name = "conversations"
     turns = record[name]
-    if not isinstance(turns, list):
-        raise RequestError(f"field {name!r} must be an array, not {json_type(turns)}")
-    if not turns:
-        raise RequestError(f"field {name!r} is empty, which leaves nothing to train on")
-    messages = [_read_message(f"{name}[{i}]", turn) for i, turn in enumerate(turns)]
+    messages = _read_list(name, turns)
     system = record.get("system") if name == "conversations" else None
     if isinstance(system, str) and system.strip():
         messages.insert(0, {"role": "system", "content": system})
@@ -68,10 +64,41 @@ def parse_chat(record: Record) -> Conversation:
         raise RequestError(
             f"the last message must be the assistant's, not the {messages[-1]['role']}'s"
         )
-    return Conversation(tuple(messages), _read_tools(record.get("tools"), name))
+    return Conversation(tuple(messages), read_tools(record.get("tools"), name))
 
 
-def _read_tools(tools: Any, name: str) -> tuple[Mapping[str, Any], ...]:
+def read_turns(name: str, turns: Any) -> tuple[Mapping[str, Any], ...]:
+    """Reads the messages of a field, a part of a conversation, whoever speaks last.
+
+    Raises:
+        RequestError: as for `parse_chat`.
+    """
+    messages = _read_list(name, turns)
+    for i, message in enumerate(messages):
+        # What comes before a field's first message is not known here.
+        if i or message["role"] not in ("system", "developer", "tool"):
+            _check_order(f"{name}[{i}]", message, messages[i - 1]["role"] if i else None)
+    return tuple(messages)
+
+
+def _read_list(name: str, turns: Any) -> list[dict[str, Any]]:
+    if not isinstance(turns, list):
+        raise RequestError(f"field {name!r} must be an array, not {json_type(turns)}")
+    if not turns:
+        raise RequestError(f"field {name!r} is empty, which leaves nothing to train on")
+    return [_read_message(f"{name}[{i}]", turn) for i, turn in enumerate(turns)]
+
+
+def read_tools(tools: Any, name: str = "messages") -> tuple[Mapping[str, Any], ...]:
+    """Reads the tools offered, an array of JSON schemas or its JSON text, of a field `tools`.
+
+    Args:
+        tools: the field's value.
+        name: of the field with the messages; ShareGPT's `conversations` list bare functions.
+
+    Raises:
+        RequestError: it is neither.
+    """
     if isinstance(tools, str):
         tools = _json("field 'tools'", tools) if tools.strip() else None
     tools = [] if tools is None else tools

@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from jaxtune.core.errors import RequestError, nearest
+from jaxtune.data import fields
 from jaxtune.data.conversations import Conversation, parse_chat
-from jaxtune.data.sources import Record, json_type
+from jaxtune.data.instructions import instruction_prompt, instruction_question
+from jaxtune.data.preferences import (
+    Alternatives,
+    Prompt,
+    Steps,
+    parse_preference,
+    parse_prompt,
+    parse_ranked,
+    parse_stepwise,
+    parse_unpaired,
+)
+from jaxtune.data.sources import Record
 
 # Weights are kept in float32.
 _SMALLEST, _LARGEST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
@@ -40,7 +51,7 @@ class Tokens:
     loss_mask: tuple[float, ...] | None = None
 
 
-Example = Conversation | Completion | Text | Tokens
+Example = Conversation | Completion | Text | Tokens | Alternatives | Steps | Prompt
 
 
 def parse(
@@ -77,47 +88,21 @@ def check_format(format: str, key: str | None = None) -> None:
         raise RequestError(f"unknown format {format!r}{nearest(format, FORMATS)}: {names}", key=key)
 
 
-def instruction_prompt(instruction: str, input: str) -> str:
-    """Returns the Alpaca prompt that ends with `### Response:`; an empty input is left out."""
-    middle = f"### Input:\n{input}\n\n" if input.strip() else ""
-    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
-
-
-def _field(record: Record, name: str, *, default: Any = ..., filled: bool = False) -> str:
-    if name not in record:
-        if default is not ...:
-            return default
-        have = ", ".join(map(str, record)) or "none"
-        raise RequestError(f"no field {name!r} among its fields: {have}{_rename(name, record)}")
-    value = record[name]
-    if value is None and default is not ...:
-        return default
-    if not isinstance(value, str):
-        raise RequestError(f"field {name!r} must be a string, not {json_type(value)}")
-    if filled and not value.strip():
-        raise RequestError(f"field {name!r} is empty, which leaves nothing to train on")
-    return value
-
-
-def _rename(name: str, record: Record) -> str:
-    return nearest(name, [str(field) for field in record])
-
-
 def _parse_text(record: Record, chat: bool) -> Text:
-    return Text(_field(record, "text", filled=True))
+    return Text(fields.text(record, "text", filled=True))
 
 
 def _parse_completion(record: Record, chat: bool) -> Completion:
-    return Completion(_field(record, "prompt"), _field(record, "completion", filled=True))
+    return Completion(fields.text(record, "prompt"), fields.text(record, "completion", filled=True))
 
 
 def _parse_instruction(record: Record, chat: bool) -> Conversation | Completion:
-    instruction = _field(record, "instruction", filled=True)
-    context = _field(record, "input", default="")
-    output = _field(record, "output", filled=True)
+    instruction = fields.text(record, "instruction", filled=True)
+    context = fields.text(record, "input", default="")
+    output = fields.text(record, "output", filled=True)
     if not chat:
         return Completion(instruction_prompt(instruction, context), output)
-    question = f"{instruction}\n\n{context}" if context.strip() else instruction
+    question = instruction_question(instruction, context)
     return Conversation(
         ({"role": "user", "content": question}, {"role": "assistant", "content": output})
     )
@@ -128,11 +113,7 @@ def _parse_chat(record: Record, chat: bool) -> Conversation:
 
 
 def _parse_tokens(record: Record, chat: bool) -> Tokens:
-    if "input_ids" not in record:
-        have = ", ".join(map(str, record)) or "none"
-        near = _rename("input_ids", record)
-        raise RequestError(f"no field 'input_ids' among its fields: {have}{near}")
-    ids = record["input_ids"]
+    ids = fields.present(record, "input_ids")
     # type() rather than isinstance(): True is an int, and no token id
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise RequestError("field 'input_ids' must be an array of integers")
@@ -164,4 +145,9 @@ FORMATS: dict[str, Callable[[Record, bool], Example]] = {
     "instruction": _parse_instruction,
     "text": _parse_text,
     "tokens": _parse_tokens,
+    "preference": parse_preference,
+    "unpaired": parse_unpaired,
+    "ranked": parse_ranked,
+    "stepwise": parse_stepwise,
+    "prompt": parse_prompt,
 }

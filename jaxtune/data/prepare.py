@@ -28,6 +28,12 @@ _TEXT_FIELDS = {
     "instruction": ("instruction", "input", "output"),
     "text": ("text",),
     "tokens": (),
+    # Messages in their place are kept as JSON text.
+    "preference": ("prompt", "chosen", "rejected"),
+    "unpaired": ("prompt", "completion"),
+    "ranked": ("prompt",),
+    "stepwise": ("prompt",),
+    "prompt": ("prompt",),
 }
 
 

@@ -7,16 +7,26 @@ process's records are rendered when a row of this process holds them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxtune.core.errors import RequestError
+from jaxtune.data.columns import DTYPES, room
 from jaxtune.data.sources import Source
-from jaxtune.data.store import PIECE, Counts, TokenStore, all_dropped, fingerprint_of, tokenize
+from jaxtune.data.store import (
+    PIECE,
+    Counts,
+    TokenStore,
+    all_dropped,
+    fingerprint_of,
+    keys_of,
+    tokenize,
+)
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.parallel.processes import all_agree, gather, gather_arrays
 
@@ -40,6 +50,8 @@ class SharedStore:
         source: the records.
         render: record → its examples.
         digest: the fingerprint, that of the whole source in one process.
+        prompts, sides, completions: int64 [examples], of all, as a TokenStore has them.
+        added: {name: array [total]}, columns of all examples that `with_column` added.
     """
 
     own: TokenStore
@@ -50,18 +62,61 @@ class SharedStore:
     source: Source
     render: Callable[[range], TokenStore]
     digest: str
+    prompts: np.ndarray
+    sides: np.ndarray
+    completions: np.ndarray
+    added: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     kept: OrderedDict[int, TokenStore] = dataclasses.field(default_factory=OrderedDict)
     lock: Any = dataclasses.field(default_factory=threading.Lock)  # rows are made by threads
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def format(self) -> str:
+        """That of the examples; see `TokenStore`."""
+        return self.own.format
+
+    @property
+    def shared(self) -> bool:
+        """Whether the completions of a prompt share it in a row."""
+        return self.own.shared
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the batch keys that its examples have beside those of every batch."""
+        return keys_of(self.format, self.shared, tuple(self.added))
+
+    def room(self, num_virtual: int) -> np.ndarray:
+        """Returns how many tokens of a row each example takes, int64 [examples]."""
+        return room(self.lengths, self.prompts, self.sides, self.shared, num_virtual)
+
     def example(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns ids int32 [T] and mask float32 [T] of an example."""
-        if self.first <= index < self.first + len(self.own):
-            return self.own.example(index - self.first)
-        record = int(self.records[index])
-        return self._rendered(record).example(index - int(np.searchsorted(self.records, record)))
+        store, number = self._held(index)
+        return store.example(number)
+
+    def example_columns(self, index: int) -> dict[str, np.ndarray]:
+        """Returns the columns of an example, {name: array [T]}; see `columns.example_columns`."""
+        if not self.keys:
+            return {}
+        store, number = self._held(index)
+        start = int(self._starts[index])
+        tokens = slice(start, start + int(self.lengths[index]))
+        added = {name: array[tokens] for name, array in self.added.items()}
+        return store.example_columns(number) | added
+
+    def with_column(self, name: str, flat: np.ndarray) -> SharedStore:
+        """Returns the store with one more batch key; see `TokenStore.with_column`.
+
+        Args:
+            name: of the key.
+            flat: float32 [total], of all examples.
+        """
+        if flat.shape != (int(self.lengths.sum()),):
+            raise ValueError(f"{name} has shape {flat.shape} for {self.lengths.sum()} tokens")
+        added = {**self.added, name: np.asarray(flat, DTYPES[name])}
+        return dataclasses.replace(self, added=added)
 
     def example_roles(self, index: int) -> None:
         """Returns None: roles are not kept."""
@@ -77,13 +132,26 @@ class SharedStore:
         return dataclasses.replace(
             self,
             own=self.own.head(here),
-            lengths=self.lengths[:count],
-            records=self.records[:count],
+            **{
+                name: getattr(self, name)[:count]
+                for name in ("lengths", "records", "prompts", "sides", "completions")
+            },
         )
 
     def fingerprint(self) -> str:
         """Returns a hash of every token, weight and boundary, in hexadecimal."""
         return self.digest
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths) - self.lengths
+
+    def _held(self, index: int) -> tuple[TokenStore, int]:
+        """Returns a store in memory that has an example, and the example's number in it."""
+        if self.first <= index < self.first + len(self.own):
+            return self.own, index - self.first
+        record = int(self.records[index])
+        return self._rendered(record), index - int(np.searchsorted(self.records, record))
 
     def _rendered(self, record: int) -> TokenStore:
         with self.lock:
@@ -176,4 +244,13 @@ def tokenize_shared(
         source,
         render,
         fingerprint_of(np.concatenate(gather_arrays(own.digests()))),
+        *(_of_all(own, name, len(lengths)) for name in ("prompts", "sides", "completions")),
     )
+
+
+def _of_all(own: TokenStore, name: str, count: int) -> np.ndarray:
+    """Returns an array [examples] of all processes, one after the other."""
+    if not own.format:  # the same for each
+        return np.broadcast_to(np.int64(name == "sides"), count)
+    parts = gather_arrays(getattr(own, name).astype(np.int32))
+    return np.concatenate(parts).astype(np.int64)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from jaxtune.core.errors import RequestError, nearest
-from jaxtune.data.chat import Rendered, draft, encode_drafts
-from jaxtune.data.formats import Tokens, check_format, parse
+from jaxtune.data.chat import Draft, Rendered, encode_drafts
+from jaxtune.data.columns import BRANCHED, DTYPES, KEYS, example_columns, room
+from jaxtune.data.fit import room_of, truncated, windows
+from jaxtune.data.formats import Example, Tokens, check_format, parse
+from jaxtune.data.preferences import split_pair
+from jaxtune.data.sides import drafts_of, joined
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -71,6 +75,14 @@ class TokenStore:
         counts: what became of the records.
         source: gives the place of a record.
         roles: uint8 [total], indices into `chat.ROLE_NAMES`, if they were asked for.
+        format: that of the examples where `columns.KEYS` has it, else "".
+        shared: whether the completions of a prompt share it in a row.
+        columns: {name: array [total]}, what is kept of each token; see `columns`.
+        values: {name: float32 [examples]}, what is kept of each example.
+        added: names of the columns that `with_column` added.
+        prompts: int64 [examples], tokens of the prompt that completions may share.
+        sides: int64 [examples], how many completions may share it; 1 where nothing is shared.
+        completions: int64 [examples], how many completions each example has.
     """
 
     ids: np.ndarray
@@ -80,10 +92,33 @@ class TokenStore:
     counts: Counts
     source: Source
     roles: np.ndarray | None = None
+    format: str = ""
+    shared: bool = False
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
     lengths: np.ndarray = field(init=False)
+    prompts: np.ndarray = field(init=False)
+    sides: np.ndarray = field(init=False)
+    completions: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", np.diff(self.offsets))
+        count = len(self.offsets) - 1
+        prompts, sides = np.zeros(count, np.int64), np.ones(count, np.int64)
+        completions = sides if self.format else prompts
+        if self.format in BRANCHED and count:
+            branches = self.columns["branches"]
+            prompts = np.add.reduceat(branches == 0, self.offsets[:-1], dtype=np.int64)
+            completions = sides = branches[self.offsets[1:] - 1].astype(np.int64)
+        elif self.format == "stepwise" and count:
+            completions = np.add.reduceat(self.mask > 0, self.offsets[:-1], dtype=np.int64)
+        for name, array in (
+            ("lengths", np.diff(self.offsets)),
+            ("prompts", prompts),
+            ("sides", sides),
+            ("completions", completions),
+        ):
+            object.__setattr__(self, name, array)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -92,6 +127,42 @@ class TokenStore:
         """Returns ids int32 [T] and mask float32 [T] of an example, as views."""
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:end], self.mask[start:end]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of the batch keys that its examples have beside those of every batch."""
+        return keys_of(self.format, self.shared, self.added)
+
+    def room(self, num_virtual: int) -> np.ndarray:
+        """Returns how many tokens of a row each example takes, int64 [examples]."""
+        return room(self.lengths, self.prompts, self.sides, self.shared, num_virtual)
+
+    def example_columns(self, index: int) -> dict[str, np.ndarray]:
+        """Returns the columns of an example, {name: array [T]}; see `columns.example_columns`."""
+        if not (self.format or self.added):
+            return {}
+        tokens = slice(self.offsets[index], self.offsets[index + 1])
+        columns = {name: array[tokens] for name, array in self.columns.items()}
+        if not self.format:
+            return columns
+        values = {name: float(array[index]) for name, array in self.values.items()}
+        return example_columns(self.format, self.mask[tokens], columns, values)
+
+    def with_column(self, name: str, flat: np.ndarray) -> TokenStore:
+        """Returns the store with one more batch key.
+
+        Args:
+            name: of the key, in `columns.DTYPES`.
+            flat: float32 [total], one value a token at the token's own place.
+
+        Raises:
+            ValueError: the array has another length.
+        """
+        if flat.shape != self.ids.shape:
+            raise ValueError(f"{name} has shape {flat.shape} for {len(self.ids)} tokens")
+        columns = {**self.columns, name: np.asarray(flat, DTYPES[name])}
+        added = tuple(dict.fromkeys((*self.added, name)))
+        return replace(self, columns=columns, added=added)
 
     def example_roles(self, index: int) -> np.ndarray | None:
         """Returns the roles uint8 [T] of an example, or None if they were not kept."""
@@ -103,15 +174,15 @@ class TokenStore:
         """Returns a store of the first `count` examples; its counts stay those of the source."""
         offsets = self.offsets[: count + 1]
         end = int(offsets[-1])
-        roles = None if self.roles is None else self.roles[:end]
-        return TokenStore(
-            self.ids[:end],
-            self.mask[:end],
-            offsets,
-            self.records[:count],
-            self.counts,
-            self.source,
-            roles,
+        return replace(
+            self,
+            ids=self.ids[:end],
+            mask=self.mask[:end],
+            offsets=offsets,
+            records=self.records[:count],
+            roles=None if self.roles is None else self.roles[:end],
+            columns={name: array[:end] for name, array in self.columns.items()},
+            values={name: array[:count] for name, array in self.values.items()},
         )
 
     def where(self, index: int) -> str:
@@ -119,7 +190,10 @@ class TokenStore:
         return self.source.where(int(self.records[index]))
 
     def fingerprint(self) -> str:
-        """Returns a hash of every token, weight and boundary, in hexadecimal."""
+        """Returns a hash of every token, weight and boundary, in hexadecimal.
+
+        What `with_column` added is left out: it follows from the tokens and a reference.
+        """
         return fingerprint_of(self.digests())
 
     def digests(self) -> np.ndarray:
@@ -130,10 +204,25 @@ class TokenStore:
         for at, (first, end) in enumerate(itertools.pairwise([*firsts, len(self)])):
             digest = hashlib.blake2b(digest_size=16)
             tokens = slice(self.offsets[first], self.offsets[end])
-            for array in (self.ids[tokens], self.mask[tokens], self.lengths[first:end]):
+            arrays = [self.ids[tokens], self.mask[tokens], self.lengths[first:end]]
+            arrays += [self.columns[n][tokens] for n in sorted({*self.columns} - {*self.added})]
+            arrays += [self.values[name][first:end] for name in sorted(self.values)]
+            for array in arrays:
                 digest.update(np.ascontiguousarray(array).view(np.uint8))
             out[at] = np.frombuffer(digest.digest(), np.uint8)
         return out
+
+
+def keys_of(format: str, shared: bool, added: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Returns the batch keys that examples of a format have beside those of every batch.
+
+    Args:
+        format: a name in `formats.FORMATS`, or "".
+        shared: whether the completions of a prompt share it in a row.
+        added: columns that were added.
+    """
+    branches = ("branches",) if shared and format in BRANCHED else ()
+    return (*KEYS.get(format, ()), *branches, *added)
 
 
 def fingerprint_of(digests: np.ndarray) -> str:
@@ -153,10 +242,13 @@ def tokenize(
     key: str | None = None,
     keep_roles: bool = False,
     records: range | None = None,
+    shared: bool = False,
+    split_pairs: bool = False,
 ) -> TokenStore:
     """Renders every record of a source.
 
-    An example may have `seq_len - num_virtual` tokens. A longer one is an error, or is left out
+    An example may have `seq_len - num_virtual` tokens; one with several completions counts as
+    `room` says, and is cut as `fit.truncated` says. A longer one is an error, or is left out
     (`drop`), or loses its right end (`truncate`; it is dropped if no target is left). Under
     `error`, a longer document of format "text" is cut into windows instead: each begins with the
     last token of the one before as context, so that every token but the document's first is a
@@ -173,11 +265,15 @@ def tokenize(
         key: config key named in errors.
         keep_roles: keeps the role of each token, for `inspect`.
         records: renders these alone; then a store without examples is none too few.
+        shared: lets the completions of a prompt share it in a row, as packing does.
+        split_pairs: makes two unpaired examples of each pair of format "preference".
 
     Raises:
         RequestError: a record is malformed, too long, empty, or has no target, with its line.
     """
     check_format(format, key)
+    if format == "prompt":
+        raise RequestError("format 'prompt' holds nothing to train on", key=key)
     if overlong not in OVERLONG:
         raise RequestError(
             f"unknown overlong {overlong!r}{nearest(overlong, OVERLONG)}: {', '.join(OVERLONG)}",
@@ -194,14 +290,15 @@ def tokenize(
         raise RequestError(f"format {format!r} needs a tokenizer, and the model has none", key=key)
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
-    room = _room(seq_len, num_virtual)
     tally = dict.fromkeys(Counts.__dataclass_fields__, 0) | {
         "records": len(source if records is None else records)
     }
     parts: list[Rendered] = []
     numbers: list[int] = []
     chosen = range(len(source)) if records is None else records
-    for record, item in _render(source, chosen, format, tokenizer, vocab_size, key):
+    shared = shared and format in BRANCHED and not split_pairs
+    rendered = _render(source, chosen, format, tokenizer, vocab_size, key, split_pairs)
+    for record, item in rendered:
         length = len(item.ids)
         tally["tokens_in"] += length
         if not item.mask.any():
@@ -209,23 +306,24 @@ def tokenize(
                 "no token of this example is trained", key=key, where=source.where(record)
             )
         pieces = [item]
-        if length > capacity:
+        size = room_of(item, shared, num_virtual)
+        if size > seq_len:
             if overlong == "truncate":
-                pieces = [_cut(item, 0, capacity)]
-                if pieces[0].mask.any():
+                left = truncated(item, seq_len, shared, num_virtual)
+                pieces = [] if left is None else [left]
+                if left is not None:
                     tally["truncated"] += 1
-                    tally["tokens_truncated"] += length - capacity
-                else:
-                    pieces = []
+                    tally["tokens_truncated"] += length - len(left.ids)
             elif overlong == "drop":
                 pieces = []
             elif format == "text":
-                pieces = list(_windows(item, capacity))
+                pieces = list(windows(item, capacity))
                 tally["tokens_repeated"] += len(pieces) - 1
             else:
                 raise RequestError(
-                    f"the example has {length} tokens, more than {room}: raise data.seq_len, or "
-                    "set data.overlong to 'truncate' or 'drop'",
+                    f"the example has {size - num_virtual} tokens, more than "
+                    f"{_limit(seq_len, num_virtual)}: raise data.seq_len, or set data.overlong to "
+                    "'truncate' or 'drop'",
                     key=key,
                     where=source.where(record),
                 )
@@ -249,16 +347,26 @@ def tokenize(
         counts=Counts(**tally),
         source=source,
         roles=_joined([p.roles for p in parts], np.uint8) if keep_roles else None,
+        format="unpaired" if split_pairs else format if format in KEYS else "",
+        shared=shared,
+        columns={
+            name: _joined([p.columns[name] for p in parts], DTYPES[name])
+            for name in (parts[0].columns if parts else ())
+        },
+        values={
+            name: np.array([p.values[name] for p in parts], np.float32)
+            for name in (parts[0].values if parts else ())
+        },
     )
 
 
 def all_dropped(count: int, seq_len: int, num_virtual: int, key: str | None) -> RequestError:
     """Returns the error of a source of which no example fits."""
-    room = _room(seq_len, num_virtual)
-    return RequestError(f"all {count} examples are longer than {room} and were dropped", key=key)
+    limit = _limit(seq_len, num_virtual)
+    return RequestError(f"all {count} examples are longer than {limit} and were dropped", key=key)
 
 
-def _room(seq_len: int, num_virtual: int) -> str:
+def _limit(seq_len: int, num_virtual: int) -> str:
     return f"seq_len {seq_len}" + (f" less {num_virtual} virtual tokens" if num_virtual else "")
 
 
@@ -273,29 +381,43 @@ def _render(
     tokenizer: Tokenizer | None,
     vocab_size: int | None,
     key: str | None,
+    split_pairs: bool,
 ) -> Iterator[tuple[int, Rendered]]:
     """Yields (record, rendered example) in order."""
     chat = tokenizer is not None and bool(tokenizer.chat_template)
+
+    def refused(error: RequestError, where: str | None = None) -> RequestError:
+        # Keys of the renderer's own (data.template) say more than the source's.
+        return RequestError(error.message, key=error.key or key, where=where)
+
     for start in range(0, len(records), _CHUNK):
-        chunk = records[start : start + _CHUNK]
-        drafts = []
-        for record in chunk:
+        drafts: list[Draft] = []
+        waiting: list[tuple[int, Example, slice]] = []
+        for record in records[start : start + _CHUNK]:
             where = source.where(record)
             example = parse(source[record], format, chat=chat, where=where, key=key)
             try:
                 if isinstance(example, Tokens):
                     yield record, _check_tokens(example, vocab_size)
-                else:
-                    drafts.append(draft(example, tokenizer))
+                    continue
+                for one in split_pair(example) if split_pairs else (example,):
+                    first = len(drafts)
+                    drafts += drafts_of(one, tokenizer)
+                    waiting.append((record, one, slice(first, len(drafts))))
             except RequestError as error:
-                # Keys of the renderer's own (data.template) say more than the source's.
-                raise RequestError(error.message, key=error.key or key, where=where) from None
-        if drafts:
+                raise refused(error, where) from None
+        if not drafts:
+            continue
+        try:
+            rendered = encode_drafts(drafts, tokenizer)
+        except RequestError as error:
+            raise refused(error) from None
+        for record, example, chosen in waiting:
             try:
-                rendered = encode_drafts(drafts, tokenizer)
+                item = joined(example, drafts[chosen], rendered[chosen])
             except RequestError as error:
-                raise RequestError(error.message, key=error.key or key) from None
-            yield from zip(chunk, rendered, strict=True)
+                raise refused(error, source.where(record)) from None
+            yield record, item
 
 
 def _check_tokens(example: Tokens, vocab_size: int | None) -> Rendered:
@@ -311,14 +433,3 @@ def _check_tokens(example: Tokens, vocab_size: int | None) -> Rendered:
         mask = np.array(example.loss_mask, np.float32)
     mask[0] = 0.0  # nothing comes before it to predict it from
     return Rendered(ids, mask, np.zeros(len(ids), np.uint8))
-
-
-def _cut(item: Rendered, start: int, end: int) -> Rendered:
-    mask = item.mask[start:end].copy()
-    mask[0] = 0.0
-    return Rendered(item.ids[start:end], mask, item.roles[start:end])
-
-
-def _windows(item: Rendered, capacity: int) -> Iterator[Rendered]:
-    for start in range(0, len(item.ids) - 1, capacity - 1):
-        yield _cut(item, start, start + capacity)

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.batches import Batch, Batches, choose, empty_batch, put_segment
+from jaxtune.data.batches import (
+    Batch,
+    Batches,
+    Cursor,
+    choose,
+    empty_batch,
+    most_completions,
+    put_stored,
+)
 from jaxtune.data.order import Order
 from jaxtune.data.packing import pack
 from jaxtune.data.store import TokenStore
@@ -61,7 +69,10 @@ class Stream:
         packing: puts several examples into a row.
         shuffle: gives each pass over a source an order of its own.
         seed: of every shuffle.
-        num_virtual: prompt-tuning slots before each example.
+        num_virtual: prompt-tuning slots before each segment.
+
+    Attributes:
+        keys: names of the batch keys beside those of every batch.
     """
 
     def __init__(
@@ -81,7 +92,11 @@ class Stream:
         self.packing, self.shuffle, self.seed = packing, shuffle, seed
         sizes = [len(store) for store in self.stores]
         self._order = Order(sizes, self.weights, shuffle=shuffle, seed=seed)
-        self._lengths = np.concatenate([s.lengths for s in self.stores]) + num_virtual
+        self.keys = tuple(dict.fromkeys(key for store in self.stores for key in store.keys))
+        self._lengths = np.concatenate([store.room(num_virtual) for store in self.stores])
+        self._virtual = num_virtual * np.concatenate(
+            [np.ones(len(s), np.int64) if s.shared else s.sides for s in self.stores]
+        )
         if self._lengths.max() > seq_len:
             raise ValueError(f"an example needs {self._lengths.max()} tokens of {seq_len}")
         self._blocks = -(-self._order.epoch // _BLOCK)
@@ -99,9 +114,36 @@ class Stream:
         first = epoch * self._blocks
         return self._first_row(first + self._blocks) - self._first_row(first)
 
+    @property
+    def most_completions(self) -> int:
+        """A number that the completions of a row never exceed; see `batches.most_completions`."""
+        return most_completions(self.stores, self.seq_len, self.packing, self.num_virtual)
+
+    def empty_batch(self, batch_size: int) -> Batch:
+        """Returns rows of padding, arrays [B, T] of the keys that its batches have."""
+        return empty_batch(batch_size, self.seq_len, self.num_virtual, self.keys)
+
+    def with_column(self, name: str, flats: Sequence[np.ndarray]) -> Stream:
+        """Returns the same rows with one more batch key.
+
+        Args:
+            name: of the key, in `columns.DTYPES`.
+            flats: of each store, float32 [its tokens]; see `TokenStore.with_column`.
+        """
+        stores = [s.with_column(name, flat) for s, flat in zip(self.stores, flats, strict=True)]
+        return Stream(
+            stores,
+            self.weights,
+            seq_len=self.seq_len,
+            packing=self.packing,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            num_virtual=self.num_virtual,
+        )
+
     def row(self, index: int) -> Batch:
         """Returns row `index` of the endless stream, arrays [T]."""
-        row = empty_batch(1, self.seq_len, self.num_virtual)
+        row = self.empty_batch(1)
         self._fill(row, 0, index)
         return {name: array[0] for name, array in row.items()}
 
@@ -196,7 +238,7 @@ class Stream:
     ) -> Batch:
         """Returns batch `step`, or the given rows of it, arrays [B, T]."""
         indices = choose(range(step * batch_size, (step + 1) * batch_size), rows)
-        batch = empty_batch(len(indices), self.seq_len, self.num_virtual)
+        batch = self.empty_batch(len(indices))
         for at, index in enumerate(indices):
             if row_limit is None or index < row_limit:
                 self._fill(batch, at, index)
@@ -207,7 +249,7 @@ class Stream:
         rows = self.rows_per_epoch(0)
         examples = np.concatenate([self._plan(b).examples for b in range(self._blocks)])
         slots = int(self._lengths[examples].sum())
-        tokens = slots - self.num_virtual * len(examples)
+        tokens = slots - int(self._virtual[examples].sum())
         return {
             "sources": [store.counts.as_dict() for store in self.stores],
             "examples_per_epoch": len(examples),
@@ -279,7 +321,7 @@ class Stream:
         while True:
             plan = self._plan(block)
             if tokens:
-                sizes = self._lengths[plan.examples] - self.num_virtual
+                sizes = self._lengths[plan.examples] - self._virtual[plan.examples]
                 after = np.concatenate([[0], np.cumsum(sizes)])[plan.starts[1:]]
             else:
                 after = plan.starts[1:]
@@ -288,10 +330,9 @@ class Stream:
             held, block = held + int(after[-1]), block + 1
 
     def _fill(self, batch: Batch, at: int, index: int) -> None:
-        cursor = 0
-        for segment, (store, example) in enumerate(self.examples_of_row(index), 1):
-            ids, mask = self.stores[store].example(example)
-            cursor = put_segment(batch, at, cursor, segment, ids, mask, self.num_virtual)
+        cursor = Cursor()
+        for store, example in self.examples_of_row(index):
+            cursor = put_stored(batch, at, cursor, self.stores[store], example, self.num_virtual)
 
 
 def _seed(seed: int, block: int) -> int:

@@ -36,14 +36,26 @@ class Where:
     mask: jax.Array | None = None
 
 
-def visible(queries: Span, keys: Span, window: int | None) -> jax.Array:
+def visible(
+    queries: Span, keys: Span, window: int | None, branches: jax.Array | None = None
+) -> jax.Array:
     """Returns bool [B, T, S]: same segment, not later, and within `window` positions.
 
     Positions grow by one inside a segment, so order by position is order in the row.
+
+    Args:
+        queries, keys: where the tokens of both sides stand.
+        window: how many positions back a query sees, itself included; None is all.
+        branches: int32 [B, T] of the tokens of both sides (T = S), where completions share a
+            prompt: 0 on it, 1, 2, ... on them, and positions go on from the prompt's in each. A
+            query sees the keys whose branch is 0 or its own.
     """
     same = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     distance = queries.positions[:, :, None] - keys.positions[:, None, :]
     seen = same & (distance >= 0)
+    if branches is not None:
+        of_key = branches[:, None, :]
+        seen = seen & ((of_key == 0) | (of_key == branches[:, :, None]))
     return seen if window is None else seen & (distance < window)
 
 

@@ -70,6 +70,7 @@ class Setting:
         packed: whether a row may hold several segments.
         sequence: over how many devices the tokens of a row are spread.
         capability: compute capability of an NVIDIA GPU, (major, minor); None elsewhere.
+        branches: whether completions share a prompt in a row.
     """
 
     platform: str
@@ -78,6 +79,7 @@ class Setting:
     packed: bool = True
     sequence: int = 1
     capability: tuple[int, int] | None = None
+    branches: bool = False
 
 
 # Of a GPU that is planned for: an A100's.
@@ -85,7 +87,13 @@ PLANNED_CAPABILITY = "8.0"
 
 
 def setting_on(
-    mesh: Mesh | AbstractMesh, platform: str, tokens: int, *, prefix: bool, packed: bool
+    mesh: Mesh | AbstractMesh,
+    platform: str,
+    tokens: int,
+    *,
+    prefix: bool,
+    packed: bool,
+    branches: bool = False,
 ) -> Setting:
     """Returns the Setting on a mesh of a platform; its devices may be described, or none."""
     if isinstance(mesh, AbstractMesh):
@@ -101,6 +109,7 @@ def setting_on(
         packed,
         mesh.shape[SEQUENCE_AXIS],
         (int(numbers[0]), int(numbers[1])) if known else None,
+        branches,
     )
 
 
@@ -127,6 +136,19 @@ def choose(config: ModelConfig, setting: Setting) -> Choice:
         RequestError: one was named that cannot compute this model's attention here.
     """
     name = config.attention
+    if setting.branches and config.follows_length:
+        raise RequestError(
+            "completions would share the keys of their prompt, whose angles follow the length of "
+            "each in this model; set data.packing to False",
+            key="data.packing",
+        )
+    if setting.branches and setting.sequence > 1:
+        raise RequestError(
+            f"completions share their prompt, which no back end knows that spreads a row over "
+            f"{setting.sequence} devices (mesh.sequence); set data.packing to False, or "
+            "mesh.sequence to 1",
+            key="data.packing",
+        )
     if name != "auto":
         reason = REFUSALS[name](config, setting) if name in REFUSALS else None
         if reason is not None:
@@ -143,6 +165,9 @@ def choose(config: ModelConfig, setting: Setting) -> Choice:
     return Choice(kernel, f"rows of {setting.tokens} tokens on {setting.platform}")
 
 
+_BRANCHES = "knows no prompts that completions share (data.packing)"
+
+
 def _spread(setting: Setting) -> str | None:
     return "the tokens of a row lie on one device (mesh.sequence)" if setting.sequence > 1 else None
 
@@ -152,6 +177,8 @@ def _splash(config: ModelConfig, setting: Setting) -> str | None:
     del config
     if setting.platform != "tpu":
         return f"runs on TPU, not {setting.platform}"
+    if setting.branches:
+        return _BRANCHES
     if setting.prefix:
         return "has no place for the keys of prefix tuning"
     if setting.tokens % LANES:
@@ -165,6 +192,8 @@ def _cudnn(config: ModelConfig, setting: Setting) -> str | None:
         return f"runs on NVIDIA GPUs, not {setting.platform}"
     if setting.capability is None or setting.capability < (8, 0):
         return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    if setting.branches:
+        return _BRANCHES
     if setting.packed:
         return "knows no segments (data.packing)"
     if setting.prefix:
@@ -182,6 +211,8 @@ def _cudnn(config: ModelConfig, setting: Setting) -> str | None:
 def _ring(config: ModelConfig, setting: Setting) -> str | None:
     """Returns why ring attention does not apply, or None if it does."""
     del config
+    if setting.branches:
+        return _BRANCHES
     return None if setting.sequence > 1 else "needs a mesh.sequence of 2 or more"
 
 

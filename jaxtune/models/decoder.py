@@ -292,7 +292,8 @@ class Decoder(nnx.Module):
             x = x + self.embed["positions"][...].astype(x.dtype)[queries.positions]
         x = constrain(x, "batch", "tokens", None)
         keys = queries if cache is None else write_span(cache, queries)
-        call = shared_by_layers(c, queries, keys, None if cache is None else cache.length)
+        length, branches = None if cache is None else cache.length, batch.get("branches")
+        call = shared_by_layers(c, queries, keys, length, branches)
 
         def layer(block: Block, carry, xs):
             (x, kv, uneven), (number, kind) = carry, xs
@@ -343,13 +344,25 @@ class Decoder(nnx.Module):
         return jax.lax.dynamic_update_slice_in_dim(scores, new, self.new_rows[0], scores.ndim - 1)
 
 
-def shared_by_layers(config: ModelConfig, queries: Span, keys: Span, length) -> Call:
-    """Returns where tokens stand, with the masks and angles of each kind of layer."""
+def shared_by_layers(
+    config: ModelConfig, queries: Span, keys: Span, length, branches: jax.Array | None = None
+) -> Call:
+    """Returns where tokens stand, with the masks and angles of each kind of layer.
+
+    Raises:
+        ValueError: the model, its attention or a cache cannot tell branches apart.
+    """
     c = config
     windows = tuple(kind.window for kind in c.kinds)
     masks = None
-    if backend(c.attention, length is not None).reads_mask:
-        masks = jnp.stack([visible(queries, keys, window) for window in windows])
+    reads_mask = backend(c.attention, length is not None).reads_mask
+    if branches is not None and (length is not None or not reads_mask or c.follows_length):
+        raise ValueError(
+            "completions that share a prompt need attention by a mask, no cache, and angles that "
+            f"do not follow a segment's length; attention is {c.attention!r}"
+        )
+    if reads_mask:
+        masks = jnp.stack([visible(queries, keys, window, branches) for window in windows])
     if not c.rotary_width:
         return Call(queries, keys, windows, masks, None, None, length)
 
@@ -429,7 +442,8 @@ def hidden_states(config, method, params, batch, *, cache=None, key=None) -> Hid
         config: ModelConfig.
         method: the peft Method that built the parameters.
         params: nested dict of parameters, any float dtype.
-        batch: input_ids, segment_ids, positions int32 [B, T]; `virtual` too with prompt tuning.
+        batch: input_ids, segment_ids, positions int32 [B, T]; `virtual` too with prompt tuning,
+            `branches` too where completions share a prompt.
         cache: Cache to read and extend, or None.
         key: dropout key, or None to turn dropout off.
 

@@ -17,6 +17,7 @@ from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import empty_batch, eval_batches
+from jaxtune.data.columns import BRANCHED
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.models.attention_backends import Choice, choose, setting_on
 from jaxtune.optim.schedules import Schedule, make_schedule
@@ -28,7 +29,7 @@ from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, open_data
+from jaxtune.recipes.data import Data, batch_keys, formats_of, open_data
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.runs import open_base
@@ -85,7 +86,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual)
+        # A planned run may have no data here.
+        keys = batch_keys(self.config) if self.data.stream is None else self.data.stream.keys
+        one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual, keys)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,
@@ -203,8 +206,16 @@ def choose_attention(
     Raises:
         RequestError: `model.attention` names one that cannot be had there.
     """
-    prefix, packed = method.position_offset > 0, config.data.packing
-    setting = setting_on(mesh, platform, config.data.seq_len, prefix=prefix, packed=packed)
+    # Each completion of a prompt is a segment of its row, if they do not share the prompt.
+    several = any(format in BRANCHED for format in formats_of(config))
+    setting = setting_on(
+        mesh,
+        platform,
+        config.data.seq_len,
+        prefix=method.position_offset > 0,
+        packed=config.data.packing or several,
+        branches=config.data.packing and several,
+    )
     return choose(base.config, setting)
 
 

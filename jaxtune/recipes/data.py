@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from jaxtune.core.errors import RequestError
+from jaxtune.data.batches import most_completions as most
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
-from jaxtune.data.store import TokenStore
+from jaxtune.data.store import TokenStore, keys_of
 from jaxtune.data.stream import Budget, Stream
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.recipes.schema_formats import splits_pairs
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples", "total_tokens")
 
@@ -41,8 +43,12 @@ def open_store(
     vocab_size: int,
     num_virtual: int,
     key: str,
+    objective: str = "sft",
 ) -> TokenStore | SharedStore:
     """Returns the tokenised source of one entry of `data.train` or `data.eval`.
+
+    With `data.packing` the completions of a prompt share it; the pairs of an objective that learns
+    from unpaired examples are split.
 
     Raises:
         RequestError: with the key, and FILE:LINE of the record at fault.
@@ -63,7 +69,34 @@ def open_store(
         num_virtual=num_virtual,
         vocab_size=vocab_size,
         key=key,
+        shared=data.packing,
+        split_pairs=splits_pairs(objective, entry.format),
     )
+
+
+def most_completions(data: Data, seq_len: int, packing: bool, num_virtual: int) -> int:
+    """Returns a number that the completions of a row of any of a run's batches never exceed.
+
+    Rows of evaluation data hold one example, whatever the packing; see `batches.most_completions`.
+    """
+    held_out = most(tuple(data.evals.values()), seq_len, False, num_virtual)
+    trained = 1 if data.stream is None else data.stream.most_completions
+    return max(trained, held_out)
+
+
+def formats_of(config: Any) -> list[str]:
+    """Returns the formats of a config's data as they are trained: split pairs are unpaired."""
+    name = config.objective.name
+    return [
+        "unpaired" if splits_pairs(name, entry.format) else entry.format
+        for entry in (*config.data.train, *config.data.eval)
+    ]
+
+
+def batch_keys(config: Any) -> tuple[str, ...]:
+    """Returns the batch keys beside those of every batch, as the formats of a config say."""
+    formats, packing = formats_of(config)[: len(config.data.train)], config.data.packing
+    return tuple(dict.fromkeys(key for format in formats for key in keys_of(format, packing)))
 
 
 def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_virtual: int) -> Data:
@@ -72,13 +105,15 @@ def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_vir
     Raises:
         RequestError: see `open_store`; also a source in which nothing is left to train on.
     """
-    data = config.data
+    data, name = config.data, config.objective.name
     stores = [
-        open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.train[{i}]")
+        open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.train[{i}]", name)
         for i, entry in enumerate(data.train)
     ]
     evals = {
-        entry.name: open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.eval[{i}]")
+        entry.name: open_store(
+            entry, data, tokenizer, vocab_size, num_virtual, f"data.eval[{i}]", name
+        )
         for i, entry in enumerate(data.eval)
     }
     for i, store in enumerate(stores):

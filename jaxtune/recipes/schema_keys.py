@@ -28,7 +28,10 @@ PARTIAL = METHODS[1:]
 ATTENTION = ("auto", "xla", "splash", "cudnn", "ring")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-FORMATS = ("chat", "completion", "instruction", "text", "tokens")
+FORMATS = (
+    "chat", "completion", "instruction", "text", "tokens",
+    "preference", "unpaired", "ranked", "stepwise", "prompt",
+)  # fmt: skip
 DURATION_UNITS = ("steps", "epochs", "examples", "tokens")
 
 _LATER = "is not available in this version of jaxtune"
@@ -58,7 +61,6 @@ _FORMAT = Key(
     REQUIRED,
     "what a record holds",
     choices=FORMATS,
-    refused={"preference": _LATER, "prompt": _LATER},
 )
 
 TRAIN_ENTRY = (
@@ -254,6 +256,15 @@ _DATA = (
         "error",
         "what happens to an example longer than seq_len",
         choices=("error", "drop", "truncate"),
+    ),
+    Key(
+        "data.max_prompt",
+        "int",
+        None,
+        "most tokens of a prompt; by default what data.seq_len leaves beside a completion",
+        low=1,
+        optional=True,
+        used_by=(("objective.name", ("grpo", "ppo")),),
     ),
     Key("data.template", "text", None, "chat template in place of the tokenizer's", optional=True),
 )

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.core.errors import RequestError
+from jaxtune.recipes.schema_formats import check_formats, check_overlong
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-_CHAT_FORMATS = ("chat", "instruction")
+_CHAT_FORMATS = ("chat", "instruction", "preference", "unpaired", "ranked", "stepwise", "prompt")
 _TRAINS_ALL = ("text", "tokens")
 
 
@@ -97,10 +98,13 @@ def _data(values: Values) -> None:
                     "every token: use format 'text' or 'tokens', or objective.name = 'sft'",
                     key=f"data.train[{i}].format",
                 )
+    check_formats(values["objective.name"], "train", train)
+    check_formats(values["objective.name"], "eval", held_out)
+    check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
         raise RequestError(
-            f"is used only by the formats 'chat' and 'instruction'; here are {sorted(formats)}",
+            f"is used only by the formats that hold messages; here are {sorted(formats)}",
             key="data.template",
         )
     if values["model.path"] is None and values["model.tokenizer"] is None and formats - {"tokens"}:

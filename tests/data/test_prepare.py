@@ -17,6 +17,7 @@ CALL = {
     "content": None,
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": [1, None]}}}],
 }
+ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 RECORDS = {
     "text": [{"text": "one\n\nté日"}, {"text": "two", "meta": {"id": 1, "tags": []}}],
     "completion": [{"prompt": "", "completion": "y"}, {"prompt": "p", "completion": "q", "n": 1.5}],
@@ -44,6 +45,24 @@ RECORDS = {
         {"input_ids": [4, 5], "loss_mask": [0, 0.1]},
         {"input_ids": [4, 5], "loss_mask": [0, 1], "id": "z"},
     ],
+    "preference": [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0.5},
+        {
+            "prompt": [ASK],
+            "chosen": [ANSWER],
+            "rejected": [{**ANSWER, "content": "b"}],
+            "weight": None,
+        },
+        {"chosen": [ASK, ANSWER], "rejected": [ASK, {**ANSWER, "content": "b"}]},
+        {"chosen": "one two", "rejected": "one three"},
+    ],
+    "unpaired": [
+        {"prompt": "p", "completion": "a", "label": True},
+        {"prompt": [ASK], "completion": [ANSWER], "label": 0},
+    ],
+    "ranked": [{"prompt": [ASK], "completions": ["a", "b", "c"], "scores": [1, 2.5, -3]}],
+    "stepwise": [{"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}],
+    "prompt": [{"prompt": "p", "answer": 3}, {"prompt": [ASK], "answer": [1, {"a": None}]}],
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 from jaxtune.core.errors import RequestError
 from jaxtune.models.attention_backends import BACKENDS, NAMES, Setting, backend, choose, setting_on
 from jaxtune.models.presets import CHOICES, preset
+from jaxtune.models.rope import Rope
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.recipes.schema_keys import ATTENTION
 
@@ -46,6 +47,8 @@ CASES = [
     (of(LLAMA, head_dim=256), GPU, "xla", "up to 128, not 256"),
     (of(LLAMA, head_dim=256), but(GPU, capability=(9, 0)), "cudnn", ""),
     (of(LLAMA, head_dim=36), GPU, "xla", "multiple of 8"),
+    (LLAMA, but(TPU, branches=True), "xla", "not splash: knows no prompts that completions share"),
+    (LLAMA, but(GPU, branches=True), "xla", "not cudnn: knows no prompts that completions share"),
 ]
 
 
@@ -71,6 +74,18 @@ def test_what_auto_does_not_take_is_refused_by_name(config, setting, name, reaso
 @pytest.mark.parametrize("setting", [TPU, GPU, but(TPU, sequence=4), Setting("cpu", 7)])
 def test_xla_can_be_asked_for_everywhere(setting):
     assert choose(of(LLAMA, attention="xla"), setting).name == "xla"
+
+
+@pytest.mark.parametrize("asked", ["auto", "xla", "ring"])
+def test_shared_prompts_are_not_spread_over_devices(asked):
+    with pytest.raises(RequestError, match=r"data\.packing: .*mesh\.sequence"):
+        choose(of(LLAMA, attention=asked), but(TPU, branches=True, sequence=4))
+
+
+def test_shared_prompts_need_angles_of_their_own():
+    kind = dataclasses.replace(LLAMA.kinds[0], rope=Rope(scaling="dynamic"))
+    with pytest.raises(RequestError, match=r"data\.packing: .*angles"):
+        choose(of(LLAMA, kinds=(kind,)), but(TPU, branches=True))
 
 
 def test_names_are_the_same_everywhere():

@@ -125,7 +125,7 @@ BAD = [
     (lora(variant="pissa") | {"model.quantize": "nf4"}, "peft.variant", "starts from whole"),
     ({"objective.name": "dpo"}, "objective.name", "not available"),
     ({"objective.name": "stf"}, "objective.name", "did you mean 'sft'?"),
-    ({"data.train[0].format": "preference"}, "data.train[0].format", "not available"),
+    ({"data.train[0].format": "preference"}, "data.train[0].format", "reads 'chat' or"),
     ({"data.train[0].format": "chats"}, "data.train[0].format", "did you mean 'chat'?"),
     ({"data.train[0].source": "a.jsonl"}, "data.train[0].source", "'jsonl:a.jsonl'"),
     ({"data.train[0].source": "json:a"}, "data.train[0].source", "did you mean 'jsonl'?"),
