@@ -1,4 +1,4 @@
-"""`jaxtune data prepare` and `jaxtune data inspect`."""
+"""`jaxtune data prepare`, `jaxtune data inspect` and `jaxtune data doctor`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError, nearest
 
-ACTIONS = ("prepare", "inspect")
+ACTIONS = ("prepare", "inspect", "doctor")
 
 USAGE = """usage: jaxtune data ACTION [flags]
 
 actions:
   prepare  writes a JSONL file as a TFDS dataset
   inspect  shows tokens in colour, with mask, role and segment
+  doctor   looks for what is wrong with data: repeats, leaks, damage, lengths, personal data
 
 example:
   jaxtune data prepare --source=jsonl:FILE --format=chat --out=datasets --name=mine
-  jaxtune data inspect --source=jsonl:FILE --format=chat --model=MODEL_DIR"""
+  jaxtune data inspect --source=jsonl:FILE --format=chat --model=MODEL_DIR
+  jaxtune data doctor --data=jsonl:FILE --format=chat --model=MODEL_DIR --html=report.html"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,7 +32,13 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS)
-        raise RequestError(f"jaxtune data: expected prepare or inspect; got {action!r}{hint}")
+        raise RequestError(
+            f"jaxtune data: expected prepare, inspect or doctor; got {action!r}{hint}"
+        )
+    if action == "doctor":
+        from jaxtune.cli import doctor
+
+        return doctor.run(rest)
     return _prepare(rest) if action == "prepare" else _inspect(rest)
 
 
