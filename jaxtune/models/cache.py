@@ -52,9 +52,6 @@ def write_span(cache: Cache, queries: Span) -> Span:
     )
 
 
-# -- the functional face ------------------------------------------------------------------------
-
-
 def write_column(stored: jax.Array, layer: jax.Array, column: jax.Array, new: jax.Array):
     """Returns what is stored [L, B, K, S, H] with new [B, T, K, H] in a layer from a column on."""
     new = new.swapaxes(1, 2).astype(stored.dtype)[None]

@@ -395,6 +395,9 @@ def rematerialised(body, policy: str):
     return jax.checkpoint(body, policy=dots if policy == "dots" else None, prevent_cse=False)
 
 
+# -- the functional face ------------------------------------------------------------------------
+
+
 @functools.cache
 def _abstract(config: ModelConfig, method: Method) -> nnx.Module:
     return nnx.eval_shape(lambda: Decoder(config, method, nnx.Rngs(0)))
