@@ -433,6 +433,13 @@ _RUN = (
         optional=True,
     ),
     Key("log.every_steps", "int", 10, "steps between two rows of metrics.jsonl", low=1),
+    Key(
+        "log.samples",
+        "int",
+        0,
+        "completions of held-out prompts that the report shows before and after",
+        low=0,
+    ),
     Key("log.tensorboard", "bool", True, "write TensorBoard files"),
     Key("log.wandb", "bool", False, "report to Weights & Biases"),
 )

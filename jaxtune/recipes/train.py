@@ -26,11 +26,12 @@ from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
 from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
-from jaxtune.recipes import reference_data, retention
+from jaxtune.recipes import reference_data, retention, showcase
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import seconds_of
 from jaxtune.recipes.build import Plan, build
+from jaxtune.recipes.report import write_report
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.versions import code_fingerprint, versions
 from jaxtune.training import stop, writers
@@ -133,6 +134,7 @@ def train(
             summary["damaged_checkpoints"] = {str(s): told for s, told in begun.damaged.items()}
         if is_writer():
             write_json(workdir / files.SUMMARY, summary)
+            write_report(workdir)
     return Result(summary, rows)
 
 
@@ -300,6 +302,8 @@ def run(
 
         source = plan.objective.open_feed(plan, begun, note)
         before = begin_retention(plan, begun, workdir, log)
+        if start == 0:
+            showcase.show(plan, workdir, "before", begun.state.trainable, frozen)
 
         def evaluate(state: TrainState) -> dict[str, float]:
             found = plan.evaluate(state.trainable, frozen)
@@ -343,6 +347,8 @@ def run(
             seconds_limit=seconds_limit,
         )
         saved.wait()
+        if outcome.stop_reason in (stop.FINISHED, stop.RETENTION):
+            showcase.show(plan, workdir, "after", outcome.state.trainable, frozen)
     processes.wait_for_all("end of training")
     return outcome, begun.totals
 
