@@ -21,7 +21,9 @@ from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
 from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
 
@@ -74,6 +76,8 @@ def evaluate(
             raise RequestError("run in one process; give --distributed=none", key="--tasks")
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
+    if asked is not None and not lm.config.lm_head:
+        raise RequestError("is a reward model, which has no logits for tasks", where=lm.source)
     measured = {}
     if asked is not None:
         measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
@@ -124,6 +128,12 @@ def open_one(
     """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
     if lm.tokenizer is None and format != "tokens":
         raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
+    if not lm.config.lm_head and format not in FORMATS_OF["reward"]:
+        raise RequestError(
+            f"{format!r} is not for a reward model, which reads "
+            + " or ".join(map(repr, FORMATS_OF["reward"])),
+            key="--format" if key == "--data" else f"{key}.format",
+        )
     longest = lm.config.max_context - lm.method.position_offset
     count = jax.process_count()
     return tokenize_shared(
@@ -146,12 +156,16 @@ def measure(lm: LanguageModel, store: TokenStore | SharedStore, batch_size: int)
         raise RequestError("no example is left to evaluate")
     shards = batch_shards(lm.mesh)
     size = -(-batch_size // shards) * shards
-    width = -(-(int(store.lengths.max()) + lm.method.num_virtual) // 32) * 32
+    width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
     nothing, held = partition(lm.params, lm.params, lambda _: False)
-    loss = sft_loss(lm.config, lm.method, shards)
+    scorer = not lm.config.lm_head
+    if scorer:
+        loss = measured_loss(lm.config, lm.method)
+    else:
+        loss = sft_loss(lm.config, lm.method, shards)
     step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))
     rows = held_rows(size, width, lm.mesh)
     chosen = slice(None) if rows is None else rows.held
     batches = eval_batches(store, size, width, lm.method.num_virtual, chosen)
     with jax.set_mesh(lm.mesh):
-        return loss_sums(step, nothing, held, batches, lm.mesh, rows)
+        return loss_sums(step, nothing, held, batches, lm.mesh, rows, likelihood=not scorer)
