@@ -22,6 +22,7 @@ from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
@@ -80,6 +81,8 @@ def evaluate(
             raise RequestError("run in one process; give --distributed=none", key="--tasks")
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
+    if asked is not None and not lm.config.lm_head:
+        raise RequestError("is a reward model, which has no logits for tasks", where=lm.source)
     measured = {}
     if asked is not None:
         measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
@@ -130,10 +133,13 @@ def open_one(
     """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
     if lm.tokenizer is None and format != "tokens":
         raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
-    if format not in FORMATS_OF["sft"]:
-        valid = ", ".join(FORMATS_OF["sft"])
+    scorer = not lm.config.lm_head
+    known = FORMATS_OF["reward"] if scorer else (*FORMATS_OF["sft"], PAIRS)
+    if format not in known:
+        reads = "a reward model reads" if scorer else "what has a loss to measure is"
         raise RequestError(
-            f"format {format!r} has no loss a token to measure here; these have: {valid}", key=key
+            f"{format!r} cannot be measured: {reads} {', '.join(known)}",
+            key="--format" if key == "--data" else f"{key}.format",
         )
     longest = lm.config.max_context - lm.method.position_offset
     if format == PAIRS:
@@ -170,11 +176,17 @@ def measure(
     size = -(-batch_size // shards) * shards
     width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
     nothing, held = partition(lm.params, lm.params, lambda _: False)
-    paired = store.format == PAIRS
-    loss = pair_loss(lm, shards, run) if paired else sft_loss(lm.config, lm.method, shards)
+    scorer, paired = not lm.config.lm_head, store.format == PAIRS
+    if scorer:
+        loss = measured_loss(lm.config, lm.method)
+    elif paired:
+        loss = pair_loss(lm, shards, run)
+    else:
+        loss = sft_loss(lm.config, lm.method, shards)
     step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))
     rows = held_rows(size, width, lm.mesh)
     chosen = slice(None) if rows is None else rows.held
     batches = eval_batches(store, size, width, lm.method.num_virtual, chosen)
     with jax.set_mesh(lm.mesh):
-        return loss_sums(step, nothing, held, batches, lm.mesh, rows, likelihood=not paired)
+        likelihood = not (scorer or paired)
+        return loss_sums(step, nothing, held, batches, lm.mesh, rows, likelihood=likelihood)

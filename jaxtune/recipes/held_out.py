@@ -10,7 +10,7 @@ import jax
 
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, eval_batches
-from jaxtune.evaluate.loss import Sums, loss_sums
+from jaxtune.evaluate.loss import Sums, loss_sums, reported
 from jaxtune.parallel.batches import Rows, held_rows
 
 
@@ -56,5 +56,5 @@ def names(plan: Any) -> set[str]:
     state, frozen, batch = plan.abstract_arguments()
     _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
     sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
-    measured = ("loss", "perplexity", "tokens", *own)
+    measured = ("loss", "perplexity", "tokens", *reported(own))
     return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

@@ -110,6 +110,11 @@ def _data(values: Values) -> None:
         )
     check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
+    if values.get("objective.centering") and formats != {"preference"}:
+        raise RequestError(
+            f"is for pairs, of format 'preference'; here are {sorted(formats)}",
+            key="objective.centering",
+        )
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
         raise RequestError(
             f"is used only by the formats that hold messages; here are {sorted(formats)}",
