@@ -1,4 +1,4 @@
-"""`jaxtune data prepare` and `jaxtune data inspect`."""
+"""`jaxtune data prepare`, `jaxtune data inspect` and `jaxtune data teacher`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError, nearest
 
-ACTIONS = ("prepare", "inspect")
+ACTIONS = ("prepare", "inspect", "teacher")
 
 USAGE = """usage: jaxtune data ACTION [flags]
 
 actions:
   prepare  writes a JSONL file as a TFDS dataset
   inspect  shows tokens in colour, with mask, role and segment
+  teacher  writes what a model says of each target, for distillation
 
 example:
   jaxtune data prepare --source=jsonl:FILE --format=chat --out=datasets --name=mine
@@ -30,7 +31,13 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS)
-        raise RequestError(f"jaxtune data: expected prepare or inspect; got {action!r}{hint}")
+        raise RequestError(
+            f"jaxtune data: expected prepare, inspect or teacher; got {action!r}{hint}"
+        )
+    if action == "teacher":
+        from jaxtune.cli import teacher
+
+        return teacher.run(rest)
     return _prepare(rest) if action == "prepare" else _inspect(rest)
 
 
