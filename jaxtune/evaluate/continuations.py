@@ -306,7 +306,7 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
 
 
 def branched(cache: decoder.Cache, tips: int, width: int) -> decoder.Cache:
-    """Returns the cache with each row `tips` times, side by side, and `width` more empty columns."""
+    """Returns the cache with each row `tips` times in turn, and `width` more empty columns."""
 
     def spread(x: jax.Array, rows: int, columns: int) -> jax.Array:
         x = jnp.repeat(x, tips, axis=rows)

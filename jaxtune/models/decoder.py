@@ -167,7 +167,10 @@ class Attention(nnx.Module):
             k = rotate(k, call.angles)
         if cached is not None:
             *stored, layer = cached
-            stored = [write_column(a, layer, call.length, x) for a, x in zip(stored, (k, v))]
+            stored = [
+                write_column(held, layer, call.length, new)
+                for held, new in zip(stored, (k, v), strict=True)
+            ]
             k, v = (a[layer].swapaxes(1, 2) for a in stored)
             cached = (*stored, layer)
         prefix = None
