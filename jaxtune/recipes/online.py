@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,9 +128,11 @@ def judged(
         )
         total = np.where(found.dropped, np.nan, found.total)
         by_function = {name: values.tolist() for name, values in found.by_function.items()}
-        told = [total.tolist(), by_function, list(found.faults)]
+        told = [total.tolist(), by_function]
+        for fault in found.faults:
+            logging.getLogger("jaxtune").warning("%s", fault)
     # Callables need not be deterministic, so one process's scores are everybody's.
-    total, by_function, faults = processes.gather("rewards", told)[0]
+    total, by_function = processes.gather("rewards", told)[0]
     total = np.array(total, np.float64)
     if shaped and o.overlong:
         lengths = np.array([len(sample.ids) for _, sample in flat])
@@ -138,8 +141,7 @@ def judged(
     for prompt, some in zip(prompts, drawn, strict=True):
         mine = slice(at, at + len(some))
         scores = {name: np.array(values[mine], np.float64) for name, values in by_function.items()}
-        told = faults if at == 0 else ()
-        groups.append(Group(prompt, some, texts[mine], total[mine], scores, told))
+        groups.append(Group(prompt, some, texts[mine], total[mine], scores))
         at += len(some)
     return groups
 
@@ -295,7 +297,6 @@ def shown(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 "rewards": scores,
                 "tokens": len(group.samples[0].ids),
                 "finished": group.samples[0].finished,
-                **({"faults": list(group.faults)} if group.faults else {}),
             }
         )
     return out
@@ -323,7 +324,14 @@ def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
 
 
 SAMPLED = ("reward", "reward/std", "length", "truncated", "dropped")
-FED = ("iteration", "zero_variance", "sampler_gap", "sampler_gap/max", "sampling_seconds")
+FED = (
+    "iteration",
+    "zero_variance",
+    "sampler_gap",
+    "sampler_gap/max",
+    "sampler_gap/k3",
+    "sampling_seconds",
+)
 
 
 def names(plan: Any) -> set[str]:

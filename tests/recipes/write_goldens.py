@@ -24,6 +24,7 @@ GIVEN = {"pretrain_tiny": (TOKENIZER, TRAIN), "lora_sweep": (MODEL, TRAIN, EVAL)
 ARGUMENTS = {
     "sft_lora": ("", "rslora", "dora", "pissa"),
     "sft_adapter": ("", "pfeiffer", "parallel"),
+    "grpo": ("", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++"),
 }
 
 
