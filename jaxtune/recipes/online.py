@@ -19,10 +19,10 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
+from jaxtune.recipes.engines import open_engine, sampling_of
 from jaxtune.recipes.policy import observer
-from jaxtune.rl.engine import Engine, Sample, Sampling
+from jaxtune.rl.engine import Sample
 from jaxtune.rl.groups import Group, Prompt, Rounds, draw_varied, prompts_at, rows_of
-from jaxtune.rl.local_engine import LocalEngine
 from jaxtune.rl.rewards.scores import score
 from jaxtune.rl.rollouts import Iteration, Rollouts, Schedule, sampler_gap
 from jaxtune.training.feed import Source
@@ -79,24 +79,6 @@ def charged(o: Any, seen: Mapping[str, np.ndarray]) -> np.ndarray:
     if o.kl_estimator == "exact":
         return seen["kl"]
     return np.asarray(kl.ESTIMATES[o.kl_estimator](seen["logprobs"], seen["ref_logprobs"]))
-
-
-def sampling_of(plan: Any, temperature: float) -> Sampling:
-    """Returns how a run samples, at a temperature."""
-    o = plan.config.objective
-    return Sampling(
-        max_new_tokens=o.max_new_tokens,
-        temperature=temperature,
-        top_p=o.top_p,
-        top_k=o.top_k,
-        eos_ids=plan.base.tokenizer.eos_ids,
-        stop=o.stop,
-    )
-
-
-def open_engine(plan: Any) -> Engine:
-    """Returns what draws the samples of a run."""
-    return LocalEngine(plan.parts.config, plan.parts.method, plan.base.tokenizer.decode)
 
 
 def judged(

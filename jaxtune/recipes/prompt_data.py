@@ -38,9 +38,11 @@ class PromptData(Data):
 
     Attributes:
         rewards: what completions are scored by.
+        kept: what is made once for rollouts and evaluations: the engine.
     """
 
     rewards: tuple[Reward, ...] = ()
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
