@@ -31,6 +31,7 @@ ARGUMENTS = {
     "sft_adapter": ("", "pfeiffer", "parallel"),
     "dpo": ("", "sigmoid_norm", "robust", "hinge", "ipo"),
     "distill": ("", "reverse", "jsd"),
+    "grpo": ("", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++"),
 }
 
 
