@@ -95,8 +95,6 @@ def _parser() -> arguments.Parser:
 
 
 def _settings(args: argparse.Namespace, split: arguments.Split) -> Settings:
-    import os
-
     from jaxtune.data.doctor.settings import GROUPS, Settings
 
     if not 0 < args.near <= 1:  # not NaN either
@@ -125,7 +123,7 @@ def _settings(args: argparse.Namespace, split: arguments.Split) -> Settings:
         near=args.near,
         words=_words(args.words) if args.words else (),
         groups=_groups(args.groups) if args.groups else GROUPS,
-        workers=args.workers or os.cpu_count() or 1,
+        workers=args.workers,
     )
 
 

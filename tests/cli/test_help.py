@@ -27,6 +27,7 @@ VERBS = (
     ("data", "--help"),
     ("data", "prepare", "--help"),
     ("data", "inspect", "--help"),
+    ("data", "doctor", "--help"),
     ("sweep", "--help"),
     ("diff", "--help"),
     ("quickstart", "--help"),

@@ -32,7 +32,8 @@ _FORMAT_FIELDS = {
 }  # fmt: skip
 # What `formats.parse` says, by the kind of fault that it is.
 _FAULTS = (
-    (re.compile("nothing to train on"), "empty_target"),
+    (re.compile("nothing to train on|is empty behind"), "empty_target"),
+    (re.compile("are equal"), "same_pair"),
     (re.compile("must come first|must follow|last message must be|has role|is from"), "role_order"),
 )
 
@@ -229,12 +230,6 @@ def _look(context: Context, out: Chunk, at: int, shown: View, example: Example |
     odd = answers.odd_turns(shown.roles) if example is not None else ""
     if odd:
         out.flag("turn_order", at, odd, most, " ".join(shown.roles[:12]))
-    if (
-        shown.rejected
-        and answer.strip()
-        and all(r.strip() == answer.strip() for r in shown.rejected)
-    ):
-        out.flag("same_pair", at, "chosen = rejected", most, excerpt(answer, 0, 0))
     code = language(body)
     out.languages[at] = code
     tally.languages[code] += 1
@@ -243,13 +238,16 @@ def _look(context: Context, out: Chunk, at: int, shown: View, example: Example |
     if isinstance(example, Tokens):
         out.exact[at] = ngrams.digest(repr((example.input_ids, example.loss_mask)))
     else:
-        parts = (shown.system, shown.prompt, *shown.answers, "\0", *shown.rejected)
+        parts = (
+            shown.system, shown.prompt, *shown.answers, "\0", *shown.rejected, shown.label or "",
+        )  # fmt: skip
         out.exact[at] = ngrams.digest("\0".join(part.strip() for part in parts))
     tally.terms.update(set(ngrams.words_only(body).split()))
-    if answer.strip() and shown.prompt.strip():
-        out.prompt[at] = ngrams.digest(ngrams.squeezed(f"{shown.system}\n{shown.prompt}"))
-        out.answer[at] = ngrams.digest(ngrams.squeezed(answer))
-        _count_answer(tally, answer)
+    asked = shown.asked()
+    if asked is not None:
+        question, said = (ngrams.digest(ngrams.squeezed(text)) for text in asked)
+        out.prompt[at], out.answer[at] = question, said
+        _count_answer(tally, shown)
         _count_groups(context, out, at, shown, refuses)
 
 
@@ -297,11 +295,14 @@ def _count_fields(tally: Tally, record: Mapping[str, Any]) -> None:
             counts[value] += 1
 
 
-def _count_answer(tally: Tally, answer: str) -> None:
+def _count_answer(tally: Tally, shown: View) -> None:
+    answer = shown.answer
     words = answer.split(None, _OPENING_WORDS)
     tally.openings[" ".join(words[:_OPENING_WORDS])[:80]] += 1
     label = answer.strip()
-    if len(label) <= _LABEL_LENGTH and len(words) <= _OPENING_WORDS and "\n" not in label:
+    if shown.label is not None:
+        tally.labels[shown.label] += 1
+    elif len(label) <= _LABEL_LENGTH and len(words) <= _OPENING_WORDS and "\n" not in label:
         tally.labels[label] += 1
     else:
         tally.long_answers += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.doctor import contamination, duplicates, minhash
-from jaxtune.data.doctor.chunk import Chunk, Context, Shown
+from jaxtune.data.doctor.chunk import Chunk, Context, Shown, excerpt
 from jaxtune.data.doctor.groups import Answers
 from jaxtune.data.doctor.kinds import BIT
 from jaxtune.data.doctor.language import UNKNOWN
@@ -20,11 +22,14 @@ from jaxtune.data.doctor.progress import advancing
 from jaxtune.data.doctor.rows import Rows, open_rows
 from jaxtune.data.doctor.settings import Settings
 from jaxtune.data.doctor.tally import Tally
+from jaxtune.data.doctor.view import loose_view
 from jaxtune.data.doctor.workers import Map, compare, look, make_context, working
 from jaxtune.data.formats import check_format
 
 # A language is the common one if so large a share of the rows that show one are in it.
 _COMMON = 0.8
+# A process takes seconds to begin, in which another looks at some thousand rows.
+_ROWS_A_PROCESS = 3000
 
 
 @dataclass
@@ -97,6 +102,9 @@ def diagnose(settings: Settings, spool: Path, console: Any = None) -> Diagnosis:
     for item in settings.inputs:
         check_format(item.format, item.key)
     rows = tuple(_open_inputs(settings, spool))
+    if settings.workers is None:
+        most = 1 + sum(r.size for r in rows) // _ROWS_A_PROCESS
+        settings = dataclasses.replace(settings, workers=min(os.cpu_count() or 1, most))
     index = contamination.build(settings.evaluations, spool) if settings.evaluations else None
     context = make_context(settings, rows, index)
     began = _lap(seconds, "opening", began)
@@ -110,6 +118,7 @@ def diagnose(settings: Settings, spool: Path, console: Any = None) -> Diagnosis:
         began = _lap(seconds, "rows", began)
         found = gathered.diagnosis(context, seconds)
         _find_repeats(found, gathered, each, console)
+        _show_languages(found, gathered)
         _lap(seconds, "repeats", began)
     return found
 
@@ -201,6 +210,14 @@ class _Gathered:
         return best if counts[best] >= _COMMON * sum(counts.values()) else None
 
 
+def _show_languages(found: Diagnosis, gathered: _Gathered) -> None:
+    names = {number: code for code, number in gathered.codes.items()}
+    rows = found.having("other_language")[: found.settings.kept_examples].tolist()
+    found.examples["other_language"] = [
+        Shown(row, names[int(gathered.language[row])], _words(found, row)) for row in rows
+    ]
+
+
 def _on_disk(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
@@ -261,9 +278,6 @@ def _mark(found: Diagnosis, kind: str, same: duplicates.Same, words: str) -> Non
 
 
 def _words(found: Diagnosis, row: int) -> str:
-    from jaxtune.data.doctor.chunk import excerpt
-    from jaxtune.data.doctor.view import loose_view
-
     number = found.input_of(row)
     rows = found.rows[number]
     ((_, record),) = rows.read(rows.span_of(row - int(found.starts[number])))

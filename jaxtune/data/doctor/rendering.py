@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.chat import Rendered, draft, encode_drafts
+from jaxtune.data.chat import Draft, Rendered, encode_drafts, render_prompt
+from jaxtune.data.fit import room_of, truncated
 from jaxtune.data.formats import Example, Tokens
+from jaxtune.data.preferences import Alternatives, Prompt, Steps
+from jaxtune.data.sides import drafts_of, joined
 from jaxtune.data.tokenizer import Tokenizer
 
 
@@ -41,34 +44,76 @@ def judge(
         seq_len: for what a cut would leave, or None.
     """
     out: list[Verdict | None] = [None] * len(examples)
-    drafts, places = [], []
+    drafts: list[Draft] = []
+    places: list[tuple[int, int, int]] = []  # (example, first draft, end)
     for at, example in enumerate(examples):
         if isinstance(example, Tokens):
             out[at] = _judge_ids(_rendered_tokens(example), tokenizer, seq_len, True)
         elif example is not None and tokenizer is not None:
             try:
-                drafts.append(draft(example, tokenizer))
-                places.append(at)
+                if isinstance(example, Prompt):
+                    out[at] = Verdict(len(_prompt_ids(example, tokenizer)), 0, 0, {})
+                    continue
+                made = drafts_of(example, tokenizer)
             except RequestError as error:
-                out[at] = Verdict(-1, 0, 0, {"template_refused": error.message})
-            except TypeError:  # a format that has no text of its own to render
+                out[at] = _refused(error)
                 continue
+            places.append((at, len(drafts), len(drafts) + len(made)))
+            drafts += made
     if drafts:
-        for at, rendered in zip(places, _encode(drafts, tokenizer), strict=True):
-            out[at] = (
-                rendered
-                if isinstance(rendered, Verdict)
-                else _judge_ids(rendered, tokenizer, seq_len, False)
+        rendered = _encode(drafts, tokenizer)
+        for at, first, end in places:
+            out[at] = _judge_sides(
+                examples[at], drafts[first:end], rendered[first:end], tokenizer, seq_len
             )
     return out
 
 
-def _encode(drafts: list, tokenizer: Tokenizer) -> list[Rendered | Verdict]:
+def _refused(error: RequestError) -> Verdict:
+    return Verdict(-1, 0, 0, {"template_refused": error.message})
+
+
+def _prompt_ids(example: Prompt, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(example.prompt, str):
+        return tokenizer.encode(example.prompt)
+    return render_prompt(example.prompt, tokenizer, example.tools or None)
+
+
+def _judge_sides(
+    example: Example,
+    drafts: list[Draft],
+    sides: list[Rendered | Verdict],
+    tokenizer: Tokenizer,
+    seq_len: int | None,
+) -> Verdict:
+    """Judges each text that an example is tokenised from; its length is that of all in a row."""
+    faults: dict[str, str] = {}
+    whole = None
+    for side in sides:
+        if isinstance(side, Verdict):
+            return side
+        whole = _judge_ids(side, tokenizer, seq_len, False)
+        faults |= whole.faults
+    if isinstance(example, Steps):  # what is judged is where steps end, not that an answer does
+        faults.pop("missing_terminator", None)
+    if not isinstance(example, Alternatives | Steps):
+        return whole
+    try:
+        item = joined(example, drafts, sides)
+    except RequestError as error:
+        return Verdict(-1, 0, 0, faults or {"template_refused": error.message})
+    size = room_of(item, False, 0)
+    left = item if not seq_len or size <= seq_len else truncated(item, seq_len, False, 0)
+    kept = 0 if left is None else int(np.count_nonzero(left.mask))
+    return Verdict(size, int(np.count_nonzero(item.mask)), kept, faults)
+
+
+def _encode(drafts: list[Draft], tokenizer: Tokenizer) -> list[Rendered | Verdict]:
     try:
         return list(encode_drafts(drafts, tokenizer))
     except RequestError as error:
         if len(drafts) == 1:
-            return [Verdict(-1, 0, 0, {"template_refused": error.message})]
+            return [_refused(error)]
         return [found for item in drafts for found in _encode([item], tokenizer)]
 
 

@@ -69,7 +69,8 @@ class Settings:
         near: Jaccard similarity of character 5-grams from which rows are near duplicates.
         words: of the user's toxicity list; none by default.
         groups: {axis: {group: words}}, lower case, for answers across groups.
-        workers: processes; 1 works in this one.
+        workers: processes; 1 works in this one; None takes as many as there are cores, but one
+            for little data.
         kept_lines: line numbers kept of each kind and input in the report.
         kept_examples: examples kept of each kind.
     """
@@ -82,7 +83,7 @@ class Settings:
     near: float = 0.8
     words: tuple[str, ...] = ()
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=lambda: GROUPS)
-    workers: int = 1
+    workers: int | None = 1
     kept_lines: int = 10_000
     kept_examples: int = 5
 

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from jaxtune.data.conversations import Conversation
 from jaxtune.data.formats import Completion, Example, Text, Tokens
+from jaxtune.data.preferences import Alternatives, Messages, Prompt, Steps
 
-# Names of fields that hold answers: any other text is taken for prompt.
-_ANSWERS = ("chosen", "completion", "completions", "answer", "answers", "response")
-_REJECTED = ("rejected",)
 _UNSEEN = ("system", "developer")  # often the same for all rows: no part of what a row says
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class View:
     """What a row says.
 
     Attributes:
         prompt: what the answers answer; empty for documents.
-        answers: what is trained, in order; of a preference, the chosen.
-        rejected: answers that are to be unlearnt.
+        answers: what is to be learnt, in order; of alternatives, the best.
+        rejected: the other alternatives.
         system: system prompts.
         roles: of a conversation, in order.
+        label: of a judged answer, or None.
         tokens: whether the row holds ids in place of words.
     """
 
@@ -33,6 +32,7 @@ class View:
     rejected: tuple[str, ...] = ()
     system: str = ""
     roles: tuple[str, ...] = ()
+    label: str | None = None
     tokens: bool = False
 
     @property
@@ -48,13 +48,24 @@ class View:
         """Returns all words."""
         return "\n".join(filter(None, (self.system, self.body())))
 
+    def asked(self) -> tuple[str, str] | None:
+        """Returns what is asked and what is said to it: rows that differ in the latter conflict.
+
+        Of judged answers the answer belongs to the question, and the judgement is what is said; of
+        alternatives, which of them is the best.
+        """
+        if not self.prompt.strip() or not self.answer.strip():
+            return None
+        question = f"{self.system}\n{self.prompt}"
+        if self.label is not None:
+            return f"{question}\n{self.answer}", self.label
+        if self.rejected:
+            return "\n".join([question, *sorted((*self.answers, *self.rejected))]), self.answer
+        return question, self.answer
+
 
 def view(example: Example) -> View:
-    """Returns the words of an example.
-
-    The types of `formats` are known by name; one that is added there is read by the names of its
-    fields, so that it needs nothing here.
-    """
+    """Returns the words of an example."""
     match example:
         case Conversation(messages, _):
             return _conversation(messages)
@@ -64,45 +75,28 @@ def view(example: Example) -> View:
             return View("", (text,))
         case Tokens():
             return View("", (), tokens=True)
-    prompt: list[str] = []
-    answers: list[str] = []
-    rejected: list[str] = []
-    system, roles = "", ()
-    for field in dataclasses.fields(example):
-        value = getattr(example, field.name)
-        if field.name in _REJECTED:
-            rejected += [_last(part) for part in _several(value)]
-        elif field.name in _ANSWERS:
-            answers += [_last(part) for part in _several(value)]
-        elif field.name == "prompt" and not isinstance(value, str):
-            shown = _conversation(_messages(value))
-            system, roles = shown.system, shown.roles
-            prompt += [*filter(None, (shown.prompt, *shown.answers))]
-        elif isinstance(value, str):
-            prompt.append(value)
-    return View("\n".join(prompt), tuple(answers), tuple(rejected), system, roles)
+        case Alternatives():
+            label = f"{example.label:g}" if example.kind == "unpaired" else None
+            return _answered(example.prompt, map(_said, example.completions), label)
+        case Steps(prompt, steps, _):
+            return _answered(prompt, ["\n".join(steps)], None)
+        case Prompt(prompt, _):
+            return _answered(prompt, [], None)
+    raise TypeError(f"{type(example).__name__} has no words that are known")
 
 
-def _several(value: Any) -> Iterable[Any]:
-    """A list of answers as it is, and one answer (a text, or messages) as a list."""
-    if isinstance(value, list | tuple) and value and not isinstance(value[0], Mapping):
-        return value
-    return [value]
+def _answered(prompt: str | Messages, answers: Iterable[str], label: str | None) -> View:
+    best, *others = [*answers] or [None]
+    kept = () if best is None else (best,)
+    if isinstance(prompt, str):
+        return View(prompt, kept, tuple(others), label=label)
+    shown = _conversation(prompt)
+    words = "\n".join(filter(None, (shown.prompt, *shown.answers)))
+    return View(words, kept, tuple(others), shown.system, shown.roles, label)
 
 
-def _messages(value: Any) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(value, Conversation):
-        return value.messages
-    if isinstance(value, list | tuple):
-        return tuple(item for item in value if isinstance(item, Mapping))
-    return ()
-
-
-def _last(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    messages = _messages(value)
-    return _content(messages[-1]) if messages else ""
+def _said(completion: str | Messages) -> str:
+    return completion if isinstance(completion, str) else "\n".join(map(_content, completion))
 
 
 def _content(message: Mapping[str, Any]) -> str:

@@ -128,3 +128,50 @@ def test_a_histogram_holds_every_row():
     assert len(found["histogram"]["edges"]) == len(found["histogram"]["counts"]) + 1
     assert lengths.describe(np.zeros(0, np.int32)) == {"count": 0}
     assert sum(lengths.describe(np.array([5, 5, 5]))["histogram"]["counts"]) == 3
+
+
+PAIRS = {
+    "preference": [
+        {"prompt": "Which pet?", "chosen": "The cat sat.", "rejected": "The dog ran."},
+        {
+            "prompt": "Which pet?",
+            "chosen": "The dog ran.",
+            "rejected": "The cat sat.",
+        },  # 2: flipped
+        {"prompt": "Which pet?", "chosen": "The cat sat.", "rejected": "No pet at all."},
+        {"prompt": "Which food?", "chosen": "Milk.", "rejected": "Milk."},  # 4
+        {"prompt": "Where to?", "chosen": " ", "rejected": "The moon."},  # 5
+    ],
+    "unpaired": [
+        {"prompt": "Which pet?", "completion": "The cat sat.", "label": True},
+        {"prompt": "Which pet?", "completion": "The cat sat.", "label": False},  # 2
+        {"prompt": "Which pet?", "completion": "The dog ran.", "label": False},
+    ],
+    "ranked": [{"prompt": "Which pet?", "completions": ["The cat.", "The dog.", "The moon."]}],
+    "stepwise": [{"prompt": "Two and two?", "completions": ["Two.", "Four."], "labels": [1, 1]}],
+    "prompt": [{"prompt": "Which pet?"}, {"prompt": [{"role": "user", "content": "Hello there"}]}],
+}
+
+
+@pytest.mark.parametrize("format", sorted(PAIRS))
+def test_every_format_is_read(format, doctor, directory, tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATES["chatml"])
+    path = put(tmp_path / "rows.jsonl", PAIRS[format])
+    report = doctor(path, format, tokenizer=str(directory), template=str(template), seq_len=64)
+    flipped = {1, 2} if format in ("preference", "unpaired") else set()
+    assert lines_of(report, "conflict") == flipped
+    preference = format == "preference"
+    assert lines_of(report, "same_pair") == ({4} if preference else set())
+    assert lines_of(report, "empty_target") == ({5} if preference else set())
+    expected = {"conflict", "same_pair", "empty_target", "near_duplicate", "turn_order"}
+    assert {entry["kind"] for entry in report["findings"]} <= expected
+    tokens = report["lengths"]["train"]["tokens"]
+    assert tokens["count"] == (3 if preference else len(PAIRS[format]))
+    if preference:  # both sides stand in the row, each with the prompt
+        pair = PAIRS[format][0]
+        sides = [
+            len(load_tokenizer(directory).encode(pair["prompt"] + pair[s])) + 1
+            for s in ("chosen", "rejected")
+        ]
+        assert tokens["max"] >= sum(sides)
