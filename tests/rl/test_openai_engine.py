@@ -36,7 +36,7 @@ def engine(served, tmp_path, monkeypatch):
     monkeypatch.setattr(held, "adapters", dict(held.adapters))
     monkeypatch.setenv("JAXTUNE_TEST_KEY", SECRET)
     server = Server(url, timeout=30.0, attempts=3, wait=0.01, key_variable="JAXTUNE_TEST_KEY")
-    return OpenAIEngine(CONFIG, model("lora")[1], server, "base", tmp_path)
+    return OpenAIEngine(CONFIG, model("lora")[1], server, "base", tmp_path, name="jaxtune-policy")
 
 
 def spoil(engine, served, change):
