@@ -21,6 +21,7 @@ from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
 from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
@@ -81,6 +82,12 @@ def evaluate(
             return {"tasks": measured}
     if data is not None:
         stores = {data: open_one(lm, data, format, seq_len, "--data")}
+    elif run is not None and OBJECTIVES[run.objective.name].held_out is None:
+        raise RequestError(
+            f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
+            "loss give --data and --format",
+            key="--data",
+        )
     elif run is not None and run.data.eval:
         stores = {
             entry.name: open_one(
