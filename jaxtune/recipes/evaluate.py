@@ -24,6 +24,7 @@ from jaxtune.recipes.against import compare
 from jaxtune.recipes.base import is_run
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.schema_formats import FORMATS_OF
@@ -96,6 +97,12 @@ def evaluate(
             return {"tasks": measured}
     if data is not None:
         stores = {data: open_one(lm, data, format, seq_len, "--data")}
+    elif run is not None and OBJECTIVES[run.objective.name].held_out is None:
+        raise RequestError(
+            f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
+            "loss give --data and --format",
+            key="--data",
+        )
     elif run is not None and run.data.eval:
         stores = {
             entry.name: open_one(
