@@ -25,6 +25,13 @@ def read_method(
     return peft_files.read_method(directory, config.unquantized, to_train=to_train)
 
 
+def is_scorer(directory: str | os.PathLike[str]) -> bool:
+    """Tells whether an adapter makes a reward model of its base: it has a score head."""
+    if native_adapter.is_native(directory):
+        return native_adapter.has_score(directory)
+    return peft_files.is_scorer(directory)
+
+
 def load_adapter(
     directory: str | os.PathLike[str],
     config: ModelConfig,

@@ -308,7 +308,7 @@ def check_tensors(
         for name in weight.names(shapes[path].shape)
     }
     inert = [re.compile(r) for r in registry.family(config.family).inert_tensors]
-    if config.tie_embeddings and head_is_tied(config, checkpoint):
+    if not config.lm_head or (config.tie_embeddings and head_is_tied(config, checkpoint)):
         names = [w.name for w in registry.family(config.family).table(config) if w.path == HEAD]
         inert += [re.compile(re.escape(name)) for name in names]
     found = checkpoint.files

@@ -33,7 +33,8 @@ def config_of(config: ModelConfig, params: Tree) -> ModelConfig:
     """Returns the ModelConfig that describes merged parameters, with the biases that they have.
 
     BitFit merges into biases that the base's config lacks. Where the base's family cannot hold
-    them, an equal Llama can. No kernel is quantised any more.
+    them, an equal Llama can. No kernel is quantised any more, and a value head beside the head of
+    a language model, which only its training used, is left out.
 
     Args:
         config: of the base.
@@ -47,7 +48,8 @@ def config_of(config: ModelConfig, params: Tree) -> ModelConfig:
     qkv = bool(biased & {"q_proj", "k_proj", "v_proj"}) or config.attention_bias
     out = "o_proj" in biased or config.attention_out_bias
     mlp = bool(biased & {"gate_proj", "up_proj", "down_proj"}) or config.mlp_bias
-    config = config.unquantized
+    scorer = config.score_head and not config.lm_head
+    config = dataclasses.replace(config.unquantized, score_head=scorer)
     exact = dataclasses.replace(config, attention_bias=qkv, attention_out_bias=out, mlp_bias=mlp)
     # a family with one switch for q, k, v and o is given zeros where a bias is missing
     wide = dataclasses.replace(exact, attention_bias=qkv or out, attention_out_bias=qkv or out)
@@ -218,15 +220,20 @@ def write_configs(
     tokenizer: Tokenizer | None,
     raw: Mapping[str, Any],
 ) -> None:
-    """Writes config.json, generation_config.json and the tokenizer's files."""
+    """Writes config.json, the tokenizer's files and a language model's generation_config.json."""
     ids = {name: raw[name] for name in TOKEN_IDS if raw.get(name) is not None}
     stop = ids.get("eos_token_id")
+    if not config.lm_head:
+        pad = scorer_padding(tokenizer, ids)
+        ids.pop("pad_token_id", None)
+        ids |= {} if pad is None else {"pad_token_id": pad}
+        if tokenizer is not None and pad is not None:
+            tokenizer = tokenizer.with_padding(pad)
     if tokenizer is not None:
         own = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.hf.pad_token_id,
-        }
+        } | ({"pad_token_id": tokenizer.hf.pad_token_id} if config.lm_head else {})
         ids |= {name: value for name, value in own.items() if value is not None}
         stop = list(tokenizer.eos_ids) or stop
         tokenizer.save(directory)
@@ -235,10 +242,29 @@ def write_configs(
     # transformers takes absent ids for its own defaults, 1 and 2, which may be ordinary tokens
     fields = registry.to_hf(config) | dict.fromkeys(TOKEN_IDS) | ids
     write_json(directory / "config.json", fields | {"torch_dtype": dtype.name})
+    if not config.lm_head:
+        return
     generation = (
         {"_from_model_config": True} | ids | ({} if stop is None else {"eos_token_id": stop})
     )
     write_json(directory / "generation_config.json", generation)
+
+
+def scorer_padding(tokenizer: Tokenizer | None, ids: Mapping[str, Any]) -> int | None:
+    """Returns the id with which texts for a reward model are padded in transformers.
+
+    Its class reads the score in front of the padding, so that no text may end with that id. Without
+    one, None, it takes one text at a time.
+
+    Args:
+        tokenizer: or None, where only ids are used.
+        ids: the token ids of the base's config.json.
+    """
+    if tokenizer is not None:
+        return tokenizer.pad_apart
+    stop = ids.get("eos_token_id")
+    pad = ids.get("pad_token_id")
+    return None if pad in (stop if isinstance(stop, list) else [stop]) else pad
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

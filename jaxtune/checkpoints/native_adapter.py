@@ -22,7 +22,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_params
-from jaxtune.peft.method import FROZEN, Method, labels
+from jaxtune.peft.method import FROZEN, SCORE, Method, labels
 from jaxtune.peft.registry import method_of_spec, spec_of
 
 CONFIG, WEIGHTS = "jaxtune_adapter.json", "jaxtune_adapter.safetensors"
@@ -63,16 +63,25 @@ def has_head(directory: str | os.PathLike[str]) -> bool:
     return any(path.startswith("lm_head/") for path in file.entries)
 
 
+def has_score(directory: str | os.PathLike[str]) -> bool:
+    """Tells whether an adapter has a score head."""
+    return SCORE in open_tensors(Path(directory) / WEIGHTS).entries
+
+
 def load_adapter(
     directory: str | os.PathLike[str], config: ModelConfig, method: Method
 ) -> dict[str, np.ndarray]:
     """Returns {path: float32 array} of what the method adds to the base, or trained in it.
+
+    A reward model may start from the adapter of a language model, which has no score head.
 
     Raises:
         RequestError: a tensor is missing, superfluous, misshapen or no float, by name.
     """
     file = open_tensors(Path(directory) / WEIGHTS)
     wanted = leaf_shapes(config, method)
+    if SCORE not in file.entries:
+        wanted.pop(SCORE, None)
     for path in (*wanted, *file.entries):
         entry = file.entries.get(path)
         if entry is None:

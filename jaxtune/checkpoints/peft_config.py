@@ -38,6 +38,7 @@ INERT = frozenset(
     revision task_type fan_in_fan_out
     """.split()  # noqa: SIM905 - a paragraph reads better than a list
 )
+LANGUAGE_MODEL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # of `task_type`
 TARGETS = ("target_modules", "exclude_modules", "modules_to_save")
 USED: dict[str, tuple[str, ...]] = {
     "LORA": (
@@ -105,9 +106,11 @@ def method_of(
             key="peft_type",
             where=where,
         )
-    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+    known = (LANGUAGE_MODEL,) if config.lm_head else (LANGUAGE_MODEL, CLASSIFIER)
+    if fields.get("task_type") not in (None, *known):
         raise RequestError(
-            f"{fields['task_type']!r} is not supported; only 'CAUSAL_LM' is",
+            f"{fields['task_type']!r} is not supported on this base; only "
+            f"{' and '.join(map(repr, known))} is",
             key="task_type",
             where=where,
         )
@@ -152,6 +155,9 @@ def count(fields: Mapping[str, Any], name: str, where: Path) -> int:
 def saved_names(fields: Mapping[str, Any], where: Path) -> list[str]:
     """Returns the names in `modules_to_save`."""
     names = fields.get("modules_to_save") or []
+    if fields.get("task_type") == CLASSIFIER and isinstance(names, list):
+        # what PEFT calls the heads of all classifiers; those here have a `score`
+        names = [name for name in names if name != "classifier"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RequestError("a list of names is wanted", key="modules_to_save", where=where)
     return names
@@ -239,6 +245,11 @@ def ia3_fields(config: ModelConfig, flat: Mapping[str, Any]) -> dict[str, Any]:
         "fan_in_fan_out": any(module.conv1d for module in held),
         "init_ia3_weights": True,
     }
+
+
+def task_of(config: ModelConfig) -> str:
+    """Returns the `task_type` of an adapter on a base of this config."""
+    return LANGUAGE_MODEL if config.lm_head else CLASSIFIER
 
 
 def modules_to_save(config: ModelConfig, paths: Iterable[str]) -> list[str] | None:

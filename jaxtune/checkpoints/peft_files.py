@@ -93,6 +93,11 @@ def read_method(
     return method
 
 
+def is_scorer(directory: str | os.PathLike[str]) -> bool:
+    """Tells whether an adapter is that of a classifier, with a score head of its own."""
+    return open_adapter(directory)[0].get("task_type") == peft_config.CLASSIFIER
+
+
 def needs_own_head(directory: str | os.PathLike[str], config: ModelConfig) -> bool:
     """Tells whether an adapter wants a tied model's head to be untied from its embedding."""
     return peft_config.needs_own_head(open_adapter(directory)[0], config)
@@ -181,7 +186,7 @@ def save_adapter(
     Raises:
         RequestError: PEFT has no such method, or cannot hold what was trained beside it.
     """
-    refuse_unsavable(method)
+    refuse_unsavable(method, config)
     if isinstance(method, Prefix):
         check_windows(config)
     flat = flatten(params)
@@ -214,7 +219,7 @@ def save_adapter(
         "inference_mode": True,
         "modules_to_save": peft_config.modules_to_save(config, train),
         "revision": None,
-        "task_type": "CAUSAL_LM",
+        "task_type": peft_config.task_of(config),
     } | fields
     if jax.process_index() != 0:
         return
@@ -256,7 +261,7 @@ def saved_tensors(
     return tensors
 
 
-def refuse_unsavable(method: Method) -> None:
+def refuse_unsavable(method: Method, config: ModelConfig) -> None:
     """Refuses methods that PEFT's files cannot hold, saying what to do instead."""
     instead = {
         "full": "it changed the base's own weights; export format 'hf'",
@@ -274,6 +279,12 @@ def refuse_unsavable(method: Method) -> None:
         )
     if not isinstance(method, Lora | Ia3 | Prompt | Prefix):
         raise RequestError(f"peft cannot hold method {method.name!r}", key="format")
+    if config.score_head and isinstance(method, Prompt | Prefix):
+        raise RequestError(
+            f"a peft {method.name} cannot hold a reward model: its classes read the score at "
+            "another token behind virtual ones; export format 'jaxtune'",
+            key="format",
+        )
     if method.train and isinstance(method, Prompt | Prefix):
         raise RequestError(
             f"a peft {method.name} cannot hold the base parameters trained by peft.train; export "

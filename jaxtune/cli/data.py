@@ -159,8 +159,14 @@ def _store(args: argparse.Namespace) -> tuple[Any, Any]:
     from jaxtune.data.store import tokenize
 
     tokenizer = None if args.model is None else _tokenizer(args.model, args.template)
+    source = open_source(args.source, "--source")
+    if args.format == "prompt":
+        from jaxtune.data.prompts import Prompts, read_prompts
+
+        prompts = read_prompts(source, tokenizer, max_prompt=args.seq_len, key="--source")
+        return Prompts((prompts,), shuffle=False), tokenizer
     store = tokenize(
-        open_source(args.source, "--source"),
+        source,
         args.format,
         tokenizer,
         seq_len=args.seq_len,
@@ -181,6 +187,10 @@ def _stream(config: Any) -> tuple[Any, Any]:
     directory = config.model.tokenizer or config.model.path
     needs = any(entry.format != "tokens" for entry in data.train)
     tokenizer = _tokenizer(directory, data.template) if directory and needs else None
+    if any(entry.format == "prompt" for entry in data.train):
+        from jaxtune.recipes.data import open_prompts
+
+        return open_prompts(config, tokenizer, data.seq_len)[0], tokenizer
     virtual = _virtual(config) if config.peft.method == "prompt" else 0
     stores = [
         tokenize(

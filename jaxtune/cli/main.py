@@ -19,6 +19,7 @@ VERBS = {
     "plan": "memory, time and money of a config before it runs",
     "data": "prepare (JSONL to TFDS dataset), inspect (tokens, masks), doctor (faults)",
     "sweep": "runs a config's trials and ranks them",
+    "diff": "what differs between two runs",
     "quickstart": "the whole story on built-in data in a few minutes",
 }
 

@@ -48,6 +48,7 @@ svg { display: block; width: 100%; height: auto; max-width: 40rem; }
 svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
 svg .bar { fill: var(--accent); } svg .axis { stroke: var(--line); }
 svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; }
+svg .faint { opacity: .35; }
 svg .second { stroke: var(--warning); } svg .mark { stroke: var(--error);
   stroke-dasharray: 4 3; }
 """
@@ -157,7 +158,7 @@ def histogram(
 
 
 def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label: str) -> Markup:
-    """Returns up to two curves (name, x, y) as SVG, on common axes; points are ascending in x.
+    """Returns curves (name, x, y) as SVG, on common axes; the first stands out from the others.
 
     Raises:
         ValueError: there is no point.
@@ -181,6 +182,33 @@ def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label:
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{x1:g}</text>'
         f'<text x="0" y="10">{y1:.4g}</text><text x="0" y="{base - 4}">{y0:.4g}</text>'
     )
+    return _svg(width, height, base, label, parts)
+
+
+def parallel(axes: Sequence[tuple[str, Sequence[tuple[float, str]]]], label: str) -> Markup:
+    """Returns parallel coordinates as SVG: a line for each item over all axes.
+
+    Args:
+        axes: (name, (height in 0..1, label) of each item); the first item is drawn strongest.
+        label: what is shown, for those who cannot see it.
+    """
+    width, height, base = 600, 240, 205
+    step = (width - 80) / max(len(axes) - 1, 1)
+    xs = [40 + number * step for number in range(len(axes))]
+    parts = []
+    for x, (name, items) in zip(xs, axes, strict=True):
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="20" y2="{base}"/>')
+        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{text(name)}</text>')
+        for place, word in dict(items).items():
+            y = base - place * (base - 20)
+            parts.append(f'<text x="{x + 4:.1f}" y="{y - 2:.1f}">{text(word)}</text>')
+    for item in reversed(range(len(axes[0][1]))):
+        points = " ".join(
+            f"{x:.1f},{base - items[item][0] * (base - 20):.1f}"
+            for x, (_, items) in zip(xs, axes, strict=True)
+        )
+        css = "curve" if item == 0 else "curve faint"
+        parts.append(f'<polyline class="{css}" points="{points}"/>')
     return _svg(width, height, base, label, parts)
 
 

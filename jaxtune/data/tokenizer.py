@@ -62,6 +62,18 @@ class Tokenizer:
                 return candidate
         return 0
 
+    @property
+    def pad_apart(self) -> int | None:
+        """Id of a special token that no text ends with, or None.
+
+        Transformers' classifiers read their score in front of the padding, which they tell by its
+        id: padding with EOS would make them pass over the EOS.
+        """
+        ends = {self.eos_id, *self.encode(self.endings.last.strip(), special=False)[-1:]}
+        ends.add(self.hf.unk_token_id)
+        candidates = (self.hf.pad_token_id, self.bos_id, *sorted(self.special_ids))
+        return next((one for one in candidates if one is not None and one not in ends), None)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included: every id is below it."""
@@ -150,6 +162,12 @@ class Tokenizer:
                 raise RequestError(f"{token!r} is a token already, id {known[token]}", key=key)
         hf = copy.deepcopy(self.hf)
         hf.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+        return replace(self, hf=hf)
+
+    def with_padding(self, pad_id: int) -> Tokenizer:
+        """Returns a tokenizer that pads with the token of this id."""
+        hf = copy.deepcopy(self.hf)
+        hf.pad_token = hf.convert_ids_to_tokens(pad_id)
         return replace(self, hf=hf)
 
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from jaxtune.core.tree import Tree, flatten
 from jaxtune.evaluate.shapes import COMPILING, OTHER_COMPILING, Costs, Shape, merged, step
 from jaxtune.generate.placement import spread_cache
 from jaxtune.models import decoder
+from jaxtune.models.cache import Cache, empty_cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.logprobs import Scores, token_scores
 from jaxtune.parallel.batches import global_batch
@@ -285,7 +286,7 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
     @jax.jit
     def together(params, arrays) -> Scores:
         rows, tips, width = arrays["targets"].shape
-        cache = decoder.empty_cache(config, rows, arrays["input_ids"].shape[1])
+        cache = empty_cache(config, rows, arrays["input_ids"].shape[1])
         cache = decoder.hidden_states(config, method, params, arrays, cache=cache).cache
         flat = {
             name: arrays[key].reshape(rows * tips, width)
@@ -305,21 +306,21 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
     return alone, together
 
 
-def branched(cache: decoder.Cache, tips: int, width: int) -> decoder.Cache:
-    """Returns the cache with each row `tips` times, side by side, and `width` more empty slots."""
+def branched(cache: Cache, tips: int, width: int) -> Cache:
+    """Returns the cache with each row `tips` times in turn, and `width` more empty columns."""
 
-    def spread(x: jax.Array, axis: int) -> jax.Array:
-        x = jnp.repeat(x, tips, axis=axis)
+    def spread(x: jax.Array, rows: int, columns: int) -> jax.Array:
+        x = jnp.repeat(x, tips, axis=rows)
         more = [(0, 0)] * x.ndim
-        more[axis + 1] = (0, width)
+        more[columns] = (0, width)
         return jnp.pad(x, more)
 
     return spread_cache(
         dataclasses.replace(
             cache,
-            keys=spread(cache.keys, 1),
-            values=spread(cache.values, 1),
-            segment_ids=spread(cache.segment_ids, 0),
-            positions=spread(cache.positions, 0),
+            keys=spread(cache.keys, 1, 3),
+            values=spread(cache.values, 1, 3),
+            segment_ids=spread(cache.segment_ids, 0, 1),
+            positions=spread(cache.positions, 0, 1),
         )
     )

@@ -13,10 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxtune.core.weighted import Weighted
+from jaxtune.objectives.reward import CALIBRATION, calibration_error
 from jaxtune.parallel.batches import Rows, global_batch
 from jaxtune.training.step import Loss, terms
 
-LOSS = "loss"
+LOSS, CALIBRATION_ERROR = "loss", "calibration_error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,30 @@ class Sums:
         return Sums(added, self.tokens + other.tokens, self.likelihood and other.likelihood)
 
     def means(self) -> dict[str, float]:
-        """Returns {"loss", other metrics, "perplexity", "tokens"}; NaN without targets."""
+        """Returns {"loss", other metrics, "perplexity", "tokens"}; NaN without targets.
+
+        Of the bins of a calibration (`objectives.reward.calibration_gaps`) the error is returned.
+        """
         means = {name: s / w if w else math.nan for name, (s, w) in self.totals.items()}
         if LOSS not in means:
             parts = [value for name, value in means.items() if name.startswith(f"{LOSS}/")]
             means = {LOSS: sum(parts)} | means
+        known = reported(means)
+        if CALIBRATION_ERROR in known:
+            means[CALIBRATION_ERROR] = calibration_error(means)
+        means = {name: means[name] for name in known}
         if self.likelihood:
             means["perplexity"] = perplexity(means[LOSS])
         return means | {"tokens": self.tokens}
+
+
+def reported(names: Iterable[str]) -> list[str]:
+    """Returns the names under which metrics are reported: the bins of a calibration as one error.
+
+    >>> reported(["accuracy", "calibration/bin_0", "calibration/bin_1"])
+    ['accuracy', 'calibration_error']
+    """
+    return list(dict.fromkeys(CALIBRATION_ERROR if CALIBRATION in n else n for n in names))
 
 
 def loss_sums(

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxtune.core.tree import Tree
-from jaxtune.models.decoder import Cache
+from jaxtune.models.cache import Cache
 from jaxtune.parallel.rules import constrain
 
 
@@ -34,7 +34,7 @@ def spread_cache(cache: Cache) -> Cache:
     Rows go to the mesh's batch axes and heads to `tensor`; too few heads, and the width of each
     goes there, so that no device holds the cache of all.
     """
-    kv = ("layers", "batch", None, "kv_heads", "head")
+    kv = ("layers", "batch", "kv_heads", None, "head")
     return dataclasses.replace(
         cache,
         keys=constrain(cache.keys, *kv),

@@ -1,9 +1,9 @@
-"""Logits and log-probabilities of given tokens, padded on either side or not at all."""
+"""Logits, log-probabilities and scores of given tokens, padded on either side or not at all."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +74,20 @@ def logprobs(
         return _programs(config, method)[1](params, layout)[:, 1 : np.shape(ids)[1]]
 
 
+def scores(
+    config: ModelConfig, method: Method, params: Tree, ids: Any, mask: Any = None
+) -> jax.Array:
+    """Returns float32 [B]: the score at each row's last real token, of a model with a score head.
+
+    Args and errors: as `logits`; also a row without a real token.
+    """
+    layout = arrange(config, method, ids, mask)
+    if not layout.real.any(axis=1).all():
+        raise RequestError("a row has no token to score", key="mask")
+    with mesh_of(params):
+        return _programs(config, method)[2](params, layout)
+
+
 def arrange(config: ModelConfig, method: Method, ids: Any, mask: Any = None) -> Layout:
     """Packs each row's real tokens to the left, behind the method's virtual tokens.
 
@@ -106,6 +120,14 @@ def arrange(config: ModelConfig, method: Method, ids: Any, mask: Any = None) -> 
     return held
 
 
+def padded(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ids int32 [n, T], mask int32 [n, T]) of rows of ids, padded on the right."""
+    ids, mask = np.zeros((2, len(rows), max(map(len, rows), default=0)), np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)], mask[number, : len(row)] = row, 1
+    return ids, mask
+
+
 def checked(
     config: ModelConfig, method: Method, ids: Any, mask: Any
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -135,8 +157,8 @@ def rounded(width: int) -> int:
 
 
 @functools.cache
-def _programs(config: ModelConfig, method: Method) -> tuple[Callable, Callable]:
-    """Returns the jitted functions behind `logits` and `logprobs`."""
+def _programs(config: ModelConfig, method: Method) -> tuple[Callable, Callable, Callable]:
+    """Returns the jitted functions behind `logits`, `logprobs` and `scores`."""
 
     def hidden_at(params, layout: Layout, places):
         hidden = decoder.hidden_states(config, method, params, layout.batch).states
@@ -144,8 +166,8 @@ def _programs(config: ModelConfig, method: Method) -> tuple[Callable, Callable]:
 
     @jax.jit
     def all_logits(params, layout: Layout):
-        scores = decoder.logits(config, method, params, hidden_at(params, layout, layout.places))
-        return jnp.where(layout.real[..., None], scores, 0.0)
+        found = decoder.logits(config, method, params, hidden_at(params, layout, layout.places))
+        return jnp.where(layout.real[..., None], found, 0.0)
 
     @jax.jit
     def all_logprobs(params, layout: Layout):
@@ -156,4 +178,9 @@ def _programs(config: ModelConfig, method: Method) -> tuple[Callable, Callable]:
         follows = layout.real & (layout.places > method.num_virtual)
         return jnp.where(follows, found, 0.0)
 
-    return all_logits, all_logprobs
+    @jax.jit
+    def last_scores(params, layout: Layout):
+        last = jnp.max(layout.places, axis=1, keepdims=True)
+        return decoder.scores(config, method, params, hidden_at(params, layout, last))[:, 0]
+
+    return all_logits, all_logprobs, last_scores

@@ -68,6 +68,8 @@ class ModelConfig:
         embedding_scale, residual_scale, logits_scale: multiply the embedded tokens, what each
             sub-layer adds, and the logits (Granite, Gemma).
         experts: None for a dense MLP; `intermediate_size` is then an expert's.
+        lm_head, score_head: what reads the last hidden states: logits of the next token, and a
+            scalar. A reward model has the score head alone, and then nothing to tie.
         dtype: of computation, and of frozen weights.
         attention: back end, a name of `attention_backends.BACKENDS`, or "auto" where none is
             chosen yet; "heads" is faster for inference on one processor.
@@ -109,6 +111,8 @@ class ModelConfig:
     logits_scale: float = 1.0
     experts: Experts | None = None
     tie_embeddings: bool = False
+    lm_head: bool = True
+    score_head: bool = False
     initializer_range: float = 0.02
     dtype: str = "bfloat16"
     attention: str = "auto"
@@ -120,6 +124,8 @@ class ModelConfig:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of {self.num_kv_heads}")
         if not self.pattern or not all(0 <= k < len(self.kinds) for k in self.pattern):
             raise ValueError(f"pattern {self.pattern} names a kind beyond {len(self.kinds)}")
+        if self.tie_embeddings and not self.lm_head:
+            raise ValueError("a model without lm_head has nothing to tie")
         widths = {k.rope.width(self.head_dim) for k in self.kinds if k.rope is not None}
         if len(widths) > 1:
             raise ValueError(f"layers turn different widths of a head: {sorted(widths)}")

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtune.models import functional
 from jaxtune.models.attention import ATTENDED, Span, Where, visible
 from jaxtune.models.attention_backends import backend
+from jaxtune.models.cache import Cache, write_column, write_span
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.experts import ExpertMlp
 from jaxtune.models.layers import ACTIVATIONS, Linear, Norm, gated_activation
@@ -22,25 +23,6 @@ from jaxtune.models.rope import angles, rotate
 from jaxtune.models.routing import balance
 from jaxtune.parallel.rules import constrain
 from jaxtune.peft.method import Method, named_key, param
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far.
-
-    Attributes:
-        keys, values: [L, B, S, K, H], slots from `length` on are empty. Keys are rotated, unless
-            the angles follow the length of the segment.
-        segment_ids, positions: int32 [B, S]; segment 0 is padding or empty.
-        length: int32 scalar, the next slot to write.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    length: jax.Array
 
 
 class Hidden(NamedTuple):
@@ -149,7 +131,10 @@ class Attention(nnx.Module):
         self.config = c
 
     def __call__(self, x, call: Call, cached, key):
-        """x [B, T, D]; cached (keys, values) [B, S, K, H] or None → (y [B, T, D], keys, values)."""
+        """x [B, T, D] → (y [B, T, D], cached with the new tokens).
+
+        `cached` is (keys, values) [L, B, K, S, H] of all layers and this layer's number, or None.
+        """
         c = self.config
         q, k, v = self.q_proj(x, key), self.k_proj(x, key), self.v_proj(x, key)
         if c.qk_norm == "full":
@@ -163,9 +148,13 @@ class Attention(nnx.Module):
         if call.key_angles is None:
             k = rotate(k, call.angles)
         if cached is not None:
-            start = (0, call.length, 0, 0)
-            k = jax.lax.dynamic_update_slice(cached[0], k.astype(cached[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(cached[1], v.astype(cached[1].dtype), start)
+            *stored, layer = cached
+            stored = [
+                write_column(held, layer, call.length, new)
+                for held, new in zip(stored, (k, v), strict=True)
+            ]
+            k, v = (a[layer].swapaxes(1, 2) for a in stored)
+            cached = (*stored, layer)
         prefix = None
         if self.prefix is not None:
             shape = (-1, c.num_kv_heads, c.head_dim)
@@ -178,7 +167,7 @@ class Attention(nnx.Module):
             "sinks": None if self.sinks is None else self.sinks[...],
         }
         y = call.attended(lambda where: attend(q, turned, v, where, prefix, **settings))
-        return self.o_proj(y.reshape(*x.shape[:2], -1), key), k, v
+        return self.o_proj(y.reshape(*x.shape[:2], -1), key), cached
 
 
 class Mlp(nnx.Module):
@@ -225,9 +214,9 @@ class Block(nnx.Module):
         self.config = c
 
     def __call__(self, x, call: Call, cached, key):
-        """x [B, T, D] → (x, keys, values, load-balancing loss of each row [B] or None)."""
+        """x [B, T, D] → (x, cached, load-balancing loss of each row [B] or None)."""
         h = x if self.attn_norm is None else self.attn_norm(x)
-        y, k, v = self.attn(h, call, cached, key)
+        y, cached = self.attn(h, call, cached, key)
         attended = x + self._written(h, y, self.adapter_attn, self.attn_post_norm)
         x = x if self.config.parallel_residual else attended
         h = x if self.mlp_norm is None else self.mlp_norm(x)
@@ -237,7 +226,7 @@ class Block(nnx.Module):
             y, routing = self.mlp(h)
             uneven = balance(routing, call.real)
         x = attended + self._written(h, y, self.adapter_mlp, self.mlp_post_norm)
-        return x, k, v, uneven
+        return x, cached, uneven
 
     def _written(self, h, y, adapter, norm):
         """What a sub-layer with input h and output y adds to the residual stream."""
@@ -261,8 +250,12 @@ class Decoder(nnx.Module):
         self.blocks = functional.stack(lambda k: Block(c, method, nnx.Rngs(k)), keys)
         self.final_norm = Norm(c, c.hidden_size)
         shape, axes = (c.hidden_size, c.vocab_size), ("embed", "vocab")
-        head = None if c.tie_embeddings else Linear(c, method, "lm_head", shape, axes, False, rngs)
+        own = c.lm_head and not c.tie_embeddings
+        head = Linear(c, method, "lm_head", shape, axes, False, rngs) if own else None
         self.lm_head = head
+        # From 0: every score starts equal, whatever the width, and a value function at 0.
+        zeros = jnp.zeros((c.hidden_size, 1), jnp.float32)
+        self.score = nnx.Dict(kernel=param(zeros, "embed", None)) if c.score_head else None
         self.prompt = method.embedding(c.hidden_size, rngs)
         if method.new_rows is not None:
             count = method.new_rows[1]
@@ -298,11 +291,10 @@ class Decoder(nnx.Module):
         def layer(block: Block, carry, xs):
             (x, kv, uneven), (number, kind) = carry, xs
             layer_key = None if key is None else jax.random.fold_in(key, number)
-            cached = None if kv is None else jax.tree.map(lambda a: a[number], kv)
-            x, k, v, more = block(x, call.of(kind), cached, layer_key)
+            cached = None if kv is None else (*kv, number)
+            x, cached, more = block(x, call.of(kind), cached, layer_key)
             x = constrain(x, "batch", "tokens", None)
-            if kv is not None:
-                kv = (kv[0].at[number].set(k), kv[1].at[number].set(v))
+            kv = None if kv is None else cached[:2]
             return x, kv, uneven if more is None else uneven + more / c.num_layers
 
         kv = None if cache is None else (cache.keys, cache.values)
@@ -334,6 +326,11 @@ class Decoder(nnx.Module):
         if c.final_softcap is not None:
             scores = c.final_softcap * jnp.tanh(scores / c.final_softcap)
         return scores
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """Returns float32 [...] for hidden [..., D]."""
+        kernel = self.score["kernel"][...].astype(jnp.float32)
+        return jnp.einsum("...d,do->...o", hidden.astype(jnp.float32), kernel)[..., 0]
 
     def _with_new_columns(self, scores: jax.Array, hidden: jax.Array) -> jax.Array:
         """Returns logits [..., V] with those of new tokens from their own rows."""
@@ -398,15 +395,6 @@ def rematerialised(body, policy: str):
     return jax.checkpoint(body, policy=dots if policy == "dots" else None, prevent_cse=False)
 
 
-def write_span(cache: Cache, queries: Span) -> Span:
-    """Returns the cache's segment ids and positions with the new tokens written in."""
-    start = (0, cache.length)
-    return Span(
-        jax.lax.dynamic_update_slice(cache.segment_ids, queries.segment_ids, start),
-        jax.lax.dynamic_update_slice(cache.positions, queries.positions, start),
-    )
-
-
 # -- the functional face ------------------------------------------------------------------------
 
 
@@ -458,6 +446,15 @@ def logits(config, method, params, hidden, *, key=None):
     return functional.merge(_graphdef(config, method), params).logits(hidden, key)
 
 
+def scores(config, method, params, hidden):
+    """Returns float32 scores [...] of hidden states [..., D], by a model with `score_head`.
+
+    The head has no bias, is float32 and computes in float32. What a score stands for is the
+    objective's: a reward at a completion's last token, or the value of each token's state.
+    """
+    return functional.merge(_graphdef(config, method), params).scores(hidden)
+
+
 def head_path(config: ModelConfig) -> tuple[str, str]:
     """Returns where the head's weights are: those of the embedding, if they are tied."""
     return ("embed", "embedding") if config.tie_embeddings else ("lm_head", "kernel")
@@ -476,16 +473,3 @@ def with_gathered_head(config: ModelConfig, frozen):
         return frozen
     axes = ("vocab", None) if config.tie_embeddings else (None, "vocab")
     return {**frozen, node: {**frozen[node], leaf: constrain(weights, *axes)}}
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Returns a cache with `slots` empty slots for each of `batch` rows."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-    zeros = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(
-        jnp.zeros(shape, config.compute_dtype),
-        jnp.zeros(shape, config.compute_dtype),
-        zeros,
-        zeros,
-        jnp.zeros((), jnp.int32),
-    )

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.models.cache import empty_cache
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.decoder import abstract_params, empty_cache, hidden_states
+from jaxtune.models.decoder import abstract_params, hidden_states
 from jaxtune.peft.method import Method, Probe
 
 BASE = Method()
@@ -56,6 +57,7 @@ def _keys_and_values(config: ModelConfig):
         empty = empty_cache(config, 1, count)
         cache = hidden_states(config, BASE, base, batch, cache=empty).cache
         shape = (config.num_layers, count, config.num_kv_heads * config.head_dim)
-        return cache.keys.reshape(shape), cache.values.reshape(shape)
+        keys, values = (a.swapaxes(2, 3).reshape(shape) for a in (cache.keys, cache.values))
+        return keys, values
 
     return run

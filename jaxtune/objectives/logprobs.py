@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Logits of one device up to this size are built whole; larger ones in chunks of this size,
-# which are computed again in the backward pass.
-LOGITS_BYTES = 128 * 2**20
+from jaxtune.objectives import kl
+from jaxtune.objectives.chunks import LOGITS_BYTES, in_chunks
+
+Head = Callable[[jax.Array], jax.Array]  # hidden [B, t, D] → float32 logits [B, t, V]
 
 
 class Scores(NamedTuple):
@@ -18,6 +19,28 @@ class Scores(NamedTuple):
 
     logprobs: jax.Array
     correct: jax.Array
+
+
+class PolicyScores(NamedTuple):
+    """Of each target token [B, T]: what an online objective asks of the policy.
+
+    Attributes:
+        logprobs: its log-probability.
+        entropy: of the distribution that it was drawn from, nats.
+        kl: exact KL of that distribution from the reference's, nats; None without a reference.
+    """
+
+    logprobs: jax.Array
+    entropy: jax.Array
+    kl: jax.Array | None
+
+
+def at_predictor(values: jax.Array) -> jax.Array:
+    """Returns values [B, T, …] of tokens, moved to the position before, which predicts them.
+
+    The last position predicts nothing and has 0.
+    """
+    return jnp.pad(values[:, 1:], ((0, 0), (0, 1), *((0, 0),) * (values.ndim - 2)))
 
 
 def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -31,9 +54,7 @@ def shift(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     >>> [a.tolist() for a in shift(batch)]
     [[[6, 7, 0]], [[1.0, 1.0, 0.0]]]
     """
-    targets = jnp.pad(batch["input_ids"][:, 1:], ((0, 0), (0, 1)))
-    weights = jnp.pad(batch["loss_mask"][:, 1:], ((0, 0), (0, 1)))
-    return targets, weights
+    return at_predictor(batch["input_ids"]), at_predictor(batch["loss_mask"])
 
 
 def plain_scores(logits: jax.Array, targets: jax.Array) -> Scores:
@@ -43,8 +64,15 @@ def plain_scores(logits: jax.Array, targets: jax.Array) -> Scores:
     return Scores(logprobs, chosen >= jnp.max(logits, axis=-1))
 
 
+def entropy(logits: jax.Array) -> jax.Array:
+    """Returns the entropy [...] in nats of float32 logits [..., V]; −inf rules a token out."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    inside = logp > -jnp.inf
+    return -jnp.sum(jnp.exp(logp) * jnp.where(inside, logp, 0.0), axis=-1)
+
+
 def token_scores(
-    head: Callable[[jax.Array], jax.Array],
+    head: Head,
     hidden: jax.Array,
     targets: jax.Array,
     vocab_size: int,
@@ -60,33 +88,47 @@ def token_scores(
         hidden: [B, T, D].
         targets: int32 [B, T].
         vocab_size: V.
-        logits_bytes: the most bytes of logits that one device holds at a time.
-        shards: over how many devices the rows are spread.
-        pieces: over how many the tokens of each row are, which divides T; a chunk takes of each.
+        logits_bytes, shards, pieces: see `chunks.in_chunks`.
     """
-    batch, tokens = hidden.shape[0], hidden.shape[1] // pieces
-    per_column = batch * vocab_size * 4 // shards
-    chunk = max(1, logits_bytes // per_column)
-    if chunk >= tokens:
-        return plain_scores(head(hidden), targets)
-    count = -(-tokens // chunk)
-    chunk = -(-tokens // count)
-    padding = count * chunk - tokens
+    return in_chunks(
+        lambda x: plain_scores(head(x[0]), x[1]),
+        (hidden, targets),
+        vocab_size,
+        logits_bytes=logits_bytes,
+        shards=shards,
+        pieces=pieces,
+    )
 
-    def fold(x: jax.Array) -> jax.Array:
-        rest = x.shape[2:]
-        x = x.reshape(batch, pieces, tokens, *rest)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding), *((0, 0),) * len(rest)))
-        x = jnp.moveaxis(x.reshape(batch, pieces, count, chunk, *rest), 2, 0)
-        return x.reshape(count, batch, pieces * chunk, *rest)
 
-    def unfold(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x.reshape(count, batch, pieces, chunk), 0, 2)
-        return x.reshape(batch, pieces, count * chunk)[..., :tokens].reshape(targets.shape)
+def policy_scores(
+    head: Head,
+    hidden: jax.Array,
+    targets: jax.Array,
+    vocab_size: int,
+    *,
+    temperature: float = 1.0,
+    train_entropy: bool = False,
+    reference: tuple[Head, jax.Array] | None = None,
+    **chunks: Any,
+) -> PolicyScores:
+    """Returns the PolicyScores [B, T] of targets under head(hidden) / temperature.
 
-    @jax.checkpoint
-    def piece(h: jax.Array, t: jax.Array) -> Scores:
-        return plain_scores(head(h), t)
+    Args:
+        head, hidden, targets, vocab_size: as for `token_scores`.
+        temperature: that the targets were sampled with: the log-probabilities are the sampler's
+            (CORRECTNESS C25).
+        train_entropy: whether the entropy has a gradient, which costs about as much again as that
+            of the log-probabilities; not needed where it is only logged.
+        reference: head and hidden [B, T, D′] of another model with the same vocabulary, to whose
+            distribution at the same temperature `kl` is measured; it has no gradient.
+        chunks: as of `chunks.in_chunks`.
+    """
 
-    scores = jax.lax.map(lambda ht: piece(*ht), (fold(hidden), fold(targets)))
-    return jax.tree.map(unfold, scores)
+    def piece(x: tuple) -> PolicyScores:
+        logits = head(x[0]) / temperature
+        spread = entropy(logits if train_entropy else jax.lax.stop_gradient(logits))
+        exact = None if reference is None else kl.exact(logits, reference[0](x[2]) / temperature)
+        return PolicyScores(plain_scores(logits, x[1]).logprobs, spread, exact)
+
+    others = () if reference is None else (jax.lax.stop_gradient(reference[1]),)
+    return in_chunks(piece, (hidden, targets, *others), vocab_size, heads=1 + len(others), **chunks)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxtune.core.errors import RequestError
 from jaxtune.parallel.mesh import BATCH_AXES, batch_shards
-from jaxtune.parallel.rules import batch_sharding
+from jaxtune.parallel.rules import batch_sharding, replicated
 
 
 def check_batch(batch_size: int, grad_accum: int, mesh: Mesh) -> None:
@@ -79,3 +79,12 @@ def global_batch(
         return jax.make_array_from_callback(shape, sharding, piece)
 
     return {name: place(array) for name, array in batch.items()}
+
+
+def on_all(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns the arrays whole on every device; each process gives the same ones."""
+    place = replicated(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, place, lambda at, array=array: array[at])
+        for name, array in arrays.items()
+    }

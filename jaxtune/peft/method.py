@@ -23,6 +23,7 @@ from jaxtune.core.tree import Rules, Tree, flatten, label_tree
 
 TRAINED, FIXED, FROZEN = "trained", "fixed", "frozen"
 NEW_ROWS = "(embed|lm_head)/added"
+SCORE = "score/kernel"  # the score head, which every method trains whole
 
 # ids [1, P] -> (keys [L, P, K*H], values [L, P, K*H]) of the base model, rotated.
 Probe = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -40,6 +41,8 @@ class Method:
 
     name: ClassVar[str] = "base"
     mergeable: ClassVar[bool] = True
+    # Whether a fresh start computes what the base without the additions computes.
+    starts_as_base: ClassVar[bool] = True
     train: tuple[str, ...] = ()
     new_rows: tuple[int, int] | None = None
 
@@ -133,7 +136,7 @@ def labels(method: Method, params: Tree) -> Tree:
                 f"regex {regex!r} matches no parameter; paths look like {paths[0]!r}",
                 key="peft.train",
             )
-    chosen = [(regex, TRAINED) for regex in (NEW_ROWS, *method.train)]
+    chosen = [(regex, TRAINED) for regex in (NEW_ROWS, SCORE, *method.train)]
     rules = [*chosen, *method.rules(), (".*", FROZEN)]
     return label_tree(params, rules, unused="allow")
 

@@ -37,6 +37,7 @@ class Prefix(Method):
 
     name: ClassVar[str] = "prefix"
     mergeable: ClassVar[bool] = False
+    starts_as_base: ClassVar[bool] = False
     num_tokens: int = 20
 
     @property

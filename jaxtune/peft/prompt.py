@@ -39,6 +39,7 @@ class Prompt(Method):
 
     name: ClassVar[str] = "prompt"
     mergeable: ClassVar[bool] = False
+    starts_as_base: ClassVar[bool] = False
     num_tokens: int = 20
     init: str = "vocab"
     init_ids: tuple[int, ...] = ()

@@ -18,8 +18,16 @@ DATE = "2026-11-27"
 GB, TB, GIB = 1e9, 1e12, 2**30
 
 _TPU_DOCS = "https://docs.cloud.google.com/tpu/docs/"
-# These four could not be read when the table was made: check them.
-_TPU_PRICES = "unchecked; see https://cloud.google.com/tpu/pricing"
+# catalogs/v8/gcp/vms.csv at commit 006059e0f18acb1341e22a27751e9f80df6ba92f, dollars an hour on
+# demand: v5litepod-256 307.20, v5p-8 (4 chips) 16.80, v6e-1 2.70.
+_SKYPILOT = "https://github.com/skypilot-org/skypilot-catalog (us-central1, read 2026-11-27)"
+# No list that could be read in 2026 has v4. None has a price of TPU7x.
+_V4_PRICE = (
+    "of August 2022, quoted in https://www.infer-pub.com/questions/1114 (read 2026-11-27); "
+    "see https://cloud.google.com/tpu/pricing"
+)
+# catalogs/v8/nebius/vms.csv at commit 0082b0435f3912ae4c566856b272455cc78f4f61: 28.00 for 8.
+_NEBIUS = "Nebius, in https://github.com/skypilot-org/skypilot-catalog (8 GPUs, read 2026-11-27)"
 _LAMBDA = "https://lambda.ai/instances (8 GPUs, read 2026-09-20)"
 _RUNPOD = "https://www.runpod.io/pricing"
 
@@ -55,7 +63,7 @@ class Chip:
     kinds: tuple[str, ...] = ()
 
 
-def _tpu(name, tflops, gib, rate, ici, net_gbit, pod, price, page, kinds) -> Chip:
+def _tpu(name, tflops, gib, rate, ici, net_gbit, pod, price, source, page, kinds) -> Chip:
     """`ici` in GB/s is both directions, as the pages have it; `net_gbit` is a chip's share."""
     return Chip(
         name,
@@ -67,7 +75,7 @@ def _tpu(name, tflops, gib, rate, ici, net_gbit, pod, price, page, kinds) -> Chi
         pod,
         price,
         _TPU_DOCS + page,
-        _TPU_PRICES if price else None,
+        source,
         kinds,
     )
 
@@ -93,12 +101,24 @@ _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
-        _tpu("v4", 275, 32, 1228, 600, 50, 4096, 3.22, "v4", ("TPU v4",)),
-        _tpu("v5e", 197, 16, 819, 400, 25, 256, 1.20, "v5e", ("TPU v5 lite", "TPU v5e")),
-        _tpu("v5p", 459, 95, 2765, 1200, 50, 8960, 4.20, "tpu7x", ("TPU v5", "TPU v5p")),
-        _tpu("v6e", 918, 32, 1638, 800, 100, 256, 2.70, "tpu7x", ("TPU v6 lite", "TPU v6e")),
+        _tpu("v4", 275, 32, 1228, 600, 50, 4096, 3.22, _V4_PRICE, "v4", ("TPU v4",)),
+        _tpu("v5e", 197, 16, 819, 400, 25, 256, 1.20, _SKYPILOT, "v5e", ("TPU v5 lite", "TPU v5e")),
+        _tpu("v5p", 459, 95, 2765, 1200, 50, 8960, 4.20, _SKYPILOT, "tpu7x", ("TPU v5", "TPU v5p")),
+        _tpu(
+            "v6e",
+            918,
+            32,
+            1638,
+            800,
+            100,
+            256,
+            2.70,
+            _SKYPILOT,
+            "tpu7x",
+            ("TPU v6 lite", "TPU v6e"),
+        ),
         # A chip is two devices, each with half of everything.
-        _tpu("tpu7x", 2307 / 2, 96, 7380 / 2, 600, 50, 18432, None, "tpu7x", ("TPU7x",)),
+        _tpu("tpu7x", 2307 / 2, 96, 7380 / 2, 600, 50, 18432, None, None, "tpu7x", ("TPU7x",)),
         _gpu(
             "A100-40",
             312,
@@ -135,7 +155,7 @@ CHIPS: dict[str, Chip] = {
             _LAMBDA,
             ("NVIDIA H100 80GB HBM3",),
         ),
-        _gpu("H200", 989, 141, 4800, 900, 400, None, _NVIDIA + "h200", None, ("NVIDIA H200",)),
+        _gpu("H200", 989, 141, 4800, 900, 400, 3.50, _NVIDIA + "h200", _NEBIUS, ("NVIDIA H200",)),
         _gpu(
             "B200",
             2250,

@@ -19,7 +19,7 @@ from jaxtune.models.probe import probe
 from jaxtune.parallel.findings import Finding, findings
 from jaxtune.parallel.rules import shardings
 from jaxtune.peft.method import FIXED, FROZEN, TRAINED, Method, labels
-from jaxtune.recipes.base import BASE, Base
+from jaxtune.recipes.base import Base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +168,3 @@ def own_rows(params: Mapping[str, Any], new_rows: tuple[int, int] | None) -> dic
     if "lm_head/kernel" in params:
         own["lm_head/added"] = params["lm_head/kernel"][:, start:stop]
     return own
-
-
-def added_paths(config: ModelConfig, method: Method) -> list[str]:
-    """Returns the paths that the method adds to the base."""
-    base = flatten(abstract_params(config, BASE))
-    return [path for path in flatten(abstract_params(config, method)) if path not in base]

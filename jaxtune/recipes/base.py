@@ -90,9 +90,16 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() and (path / "config.json").is_file()
 
 
-def from_hf(path: Path) -> Base:
-    """Returns the Base of a Hugging Face directory; of its weights nothing is read yet."""
+def from_hf(path: Path, lm_head: bool = True) -> Base:
+    """Returns the Base of a Hugging Face directory; of its weights nothing is read yet.
+
+    Args:
+        path: the directory.
+        lm_head: whether a language model's head is wanted; else it is left in its file.
+    """
     config, raw = hf.read_config(path)
+    if not lm_head:
+        config = dataclasses.replace(config, lm_head=False, tie_embeddings=False)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     files = [path / "config.json", *(p for p in path.glob("*.safetensors") if p.is_file())]
 

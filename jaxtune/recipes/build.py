@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,22 +15,25 @@ from rich.console import Console
 from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
-from jaxtune.data.batches import empty_batch, eval_batches
 from jaxtune.data.columns import BRANCHED
-from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.models.attention_backends import Choice, choose, setting_on
+from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
 from jaxtune.optim.transform import OptimSpec, make_transform
-from jaxtune.parallel.batches import check_batch, held_rows
+from jaxtune.parallel.batches import check_batch
 from jaxtune.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from jaxtune.parallel.rules import batch_sharding
 from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, batch_keys, formats_of, open_data
+from jaxtune.recipes.data import Data, formats_of
+from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
+from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reference import COLUMN, needs_column
+from jaxtune.recipes.retention import Retention, open_retention
 from jaxtune.recipes.runs import open_base
 from jaxtune.training.compile import (
     Layout,
@@ -56,7 +58,8 @@ class Plan:
         loss: the objective on a batch.
         tx, schedule: the optimizer.
         layout: where the state lies.
-        step, evaluation: jitted functions.
+        step, evaluation: jitted functions; no evaluation where the objective measures no loss.
+        retention: what is measured of what the run retains, or None.
     """
 
     config: Any
@@ -70,7 +73,13 @@ class Plan:
     schedule: Schedule
     layout: Layout
     step: Callable
-    evaluation: Callable
+    evaluation: Callable | None
+    retention: Retention | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """What is learned."""
+        return OBJECTIVES[self.config.objective.name]
 
     def fingerprints(self) -> dict[str, str | None]:
         """Returns what the run depends on, hashed: base weights, data, tokenizer."""
@@ -86,9 +95,9 @@ class Plan:
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
         _, frozen = self.parts.split(self.parts.shapes)
-        # A planned run may have no data here.
-        keys = batch_keys(self.config) if self.data.stream is None else self.data.stream.keys
-        one = empty_batch(1, self.config.data.seq_len, self.parts.method.num_virtual, keys)
+        one = self.objective.padding(self.config, self.data, 1, self.parts.method.num_virtual)
+        if needs_column(self.objective, self.config, self.parts):
+            one[COLUMN] = np.zeros((1, self.config.data.seq_len), np.float32)
         batch = abstract_batch(
             self.config.batch_size,
             self.config.data.seq_len,
@@ -103,36 +112,8 @@ class Plan:
             console.print(finding.line(), style="yellow", markup=False, highlight=False)
 
     def evaluate(self, trainable: Tree, frozen: Tree) -> dict[str, float]:
-        """Returns the `eval/…` metrics: `eval/NAME/…` of each source where there are several,
-        and `eval/loss` and its like over all of them.
-        """
-        results = {}
-        size, length = self.config.eval.batch_size, self.config.data.seq_len
-        for name, store in self.data.evals.items():
-            rows = held_rows(size, length, self.mesh)
-            batches = eval_batches(
-                store,
-                size,
-                length,
-                self.parts.method.num_virtual,
-                slice(None) if rows is None else rows.held,
-            )
-            results[name] = loss_sums(
-                self.evaluation,
-                trainable,
-                frozen,
-                batches,
-                self.mesh,
-                rows,
-                likelihood=OBJECTIVES[self.config.objective.name].likelihood,
-            )
-        if not results:
-            return {}
-        named = {}
-        if len(results) > 1:
-            named = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
-        whole = functools.reduce(Sums.__add__, results.values())
-        return named | {f"eval/{k}": v for k, v in whole.means().items()}
+        """Returns the `eval/…` metrics of the objective; none without held-out data."""
+        return self.objective.evaluate(self, trainable, frozen) if self.data.evals else {}
 
 
 def build(config: Any) -> Plan:
@@ -146,9 +127,9 @@ def build(config: Any) -> Plan:
     mesh = make_mesh(config.mesh)
     model = assemble(config, mesh, mesh.devices.flat[0].platform)
     model.base.check()
-    vocab_size, num_virtual = model.base.config.vocab_size, model.parts.method.num_virtual
-    data = open_data(config, model.base.tokenizer, vocab_size, num_virtual)
-    if config.data.eval:
+    objective = OBJECTIVES[config.objective.name]
+    data = objective.open_data(config, model.base, model.parts.method.num_virtual)
+    if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 
@@ -174,7 +155,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
     """
     check_batch(config.batch_size, config.grad_accum, mesh)
     check_tokens(config.data.seq_len, mesh)
-    base = open_base(config.model, config.seed, config.data.template)
+    heads = heads_of(config.objective.name)
+    base = open_base(config.model, config.seed, config.data.template, heads)
     method = method_of(config, base)
     check_targets(method, base.config)
     if config.peft.get("init_from") is None:
@@ -270,16 +252,25 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     if not jax.tree.leaves(trained):
         raise RequestError("no parameter is trained", key="peft.train")
     tx = make_transform(
-        optim_spec(optim), parts.labels, trained, schedule, parts.method.learning_rate_scales()
+        optim_spec(optim),
+        parts.labels,
+        trained,
+        schedule,
+        parts.method.learning_rate_scales(),
+        Pull(config.retention.l2sp, config.retention.ewc),
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
     loss = objective.trained(config, parts, batch_shards(mesh))
-    held_out = objective.held_out(config, parts, batch_shards(mesh))
-    step = make_train_step(loss, tx, schedule, config.grad_accum)
+    evaluation = None
+    if objective.held_out is not None:
+        held_out = objective.held_out(config, parts, batch_shards(mesh))
 
-    def evaluate(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]):
-        return held_out(trainable, frozen, batch, None)
+        def evaluate(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]):
+            return held_out(trainable, frozen, batch, None)
+
+        evaluation = jit_evaluation(evaluate, layout)
+    step = make_train_step(loss, tx, schedule, config.grad_accum)
 
     return Plan(
         config=config,
@@ -293,7 +284,8 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         schedule=schedule,
         layout=layout,
         step=jit_step(step, layout),
-        evaluation=jit_evaluation(evaluate, layout),
+        evaluation=evaluation,
+        retention=open_retention(config, parts, layout, base.tokenizer),
     )
 
 

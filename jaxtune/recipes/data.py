@@ -9,6 +9,7 @@ import jax
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.batches import most_completions as most
+from jaxtune.data.prompts import Prompts, PromptStore, read_prompts
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.store import TokenStore, keys_of
@@ -28,12 +29,15 @@ class Data:
         budget: how many steps.
         warmup_steps: learning-rate warm-up in steps.
         evals: {name: tokenised held-out source}.
+        mismatched: of an objective that needs them, prompts with completions of other prompts, in
+            the order of `stream` and `evals`.
     """
 
     stream: Stream
     budget: Budget
     warmup_steps: int
     evals: dict[str, TokenStore | SharedStore]
+    mismatched: Data | None = None
 
 
 def open_store(
@@ -131,6 +135,45 @@ def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_vir
     duration = {name: config[name] for name in DURATIONS if name in config}
     budget = stream.budget(batch_size=config.batch_size, **duration)
     return Data(stream, budget, warmup_steps(config, stream, budget), evals)
+
+
+def open_prompts(
+    config: Any, tokenizer: Tokenizer, longest: int
+) -> tuple[Prompts, dict[str, PromptStore]]:
+    """Returns the prompts of a resolved config: for training, and {name: held-out source}.
+
+    Args:
+        config: with sources of format "prompt".
+        tokenizer: the model's.
+        longest: the most tokens of a prompt that leave room for a completion; `data.max_prompt`
+            may say less.
+
+    Raises:
+        RequestError: with the key, and FILE:LINE of the record at fault.
+    """
+    data, most_tokens = config.data, config.data.get("max_prompt") or longest
+    if most_tokens > longest:
+        raise RequestError(
+            f"{most_tokens} leaves no room for a completion: at most {longest} do",
+            key="data.max_prompt",
+        )
+
+    def read(entry: Any, key: str) -> PromptStore:
+        if tokenizer is None:
+            raise RequestError("prompts need a tokenizer; set model.tokenizer", key=f"{key}.format")
+        source = open_source(entry.source, key=f"{key}.source")
+        return read_prompts(
+            source, tokenizer, max_prompt=most_tokens, overlong=data.overlong, key=key
+        )
+
+    stores = tuple(read(entry, f"data.train[{i}]") for i, entry in enumerate(data.train))
+    prompts = Prompts(
+        stores,
+        tuple(entry.weight for entry in data.train),
+        shuffle=data.shuffle,
+        seed=config.seed,
+    )
+    return prompts, {e.name: read(e, f"data.eval[{i}]") for i, e in enumerate(data.eval)}
 
 
 def warmup_steps(config: Any, stream: Stream, budget: Budget) -> int:

@@ -11,7 +11,6 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxtune.data.inspect import inspect
 from jaxtune.recipes.build import build
 from jaxtune.recipes.plan_report import step_flops
 from jaxtune.recipes.schema import resolve
@@ -38,7 +37,7 @@ def dry_run(config: Mapping[str, Any], console: Console | None = None) -> dict[s
     """
     plan = build(resolve(config))
     if console is not None:
-        inspect(plan.data.stream, plan.base.tokenizer, ROWS_SHOWN, console)
+        plan.objective.show(plan, ROWS_SHOWN, console)
     with jax.set_mesh(plan.mesh):
         lowered = plan.step.lower(*plan.abstract_arguments())
         started = time.perf_counter()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtune.checkpoints import hf_export, native_adapter, peft_files
+from jaxtune.checkpoints import adapters, hf_export, native_adapter, peft_files
 from jaxtune.checkpoints.hub import local_directory
 from jaxtune.core.errors import RequestError
 from jaxtune.core.quantize import KINDS, dense_tree
@@ -21,11 +21,12 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate import engine, scoring, stops
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.peft.method import Method
+from jaxtune.peft.method import SCORE, Method
 from jaxtune.recipes import adapters as several
 from jaxtune.recipes.adapters import Adapter, Choice, Stand
 from jaxtune.recipes.assemble import load_parts, plan_parts
 from jaxtune.recipes.base import from_hf, is_run, quantized
+from jaxtune.recipes.heads import REWARD_MODEL, with_heads
 from jaxtune.recipes.runs import open_run
 
 DTYPES = ("bfloat16", "float32")
@@ -68,6 +69,7 @@ class LanguageModel:
         Raises:
             RequestError: shapes that do not fit, ids outside the vocabulary, too many tokens.
         """
+        self._check_lm_head()
         return scoring.logits(self.config, self.method, self.params, ids, mask)
 
     def logprobs(self, ids: Any, mask: Any = None) -> jax.Array:
@@ -75,7 +77,51 @@ class LanguageModel:
 
         Arguments and errors as `logits`.
         """
+        self._check_lm_head()
         return scoring.logprobs(self.config, self.method, self.params, ids, mask)
+
+    def scores(self, texts: Any, mask: Any = None, batch_size: int = 32) -> np.ndarray:
+        """Returns float32 [n], a reward model's score at the last token of each text.
+
+        Args:
+            texts: list of str, encoded as the tokenizer encodes a text (with its BOS; what training
+                ended completions with, such as EOS, is to stand in the text); or a list of lists of
+                ids; or int [n, T] with `mask`.
+            mask: [n, T], 1 at real tokens, which may stand left or right; None: all are real.
+            batch_size: texts to a compiled batch; does not change the scores.
+
+        Raises:
+            RequestError: a model without a score head, text without a tokenizer, an empty text,
+                and what `logits` raises.
+        """
+        if not self.config.score_head:
+            raise RequestError("the model is no reward model: it has no scores", where=self.source)
+        if isinstance(texts, str) or (len(texts) and isinstance(texts[0], int | np.integer)):
+            raise RequestError("expected a list of texts, or of lists of ids", key="texts")
+        if len(texts) and isinstance(texts[0], str):
+            if self.tokenizer is None:
+                raise RequestError("the model has no tokenizer; give token ids", where=self.source)
+            texts = [self.tokenizer.encode(text) for text in texts]
+        if mask is None and isinstance(texts, list | tuple):
+            texts, mask = scoring.padded(texts)
+        ids, real = scoring.checked(self.config, self.method, texts, mask)
+        found = [np.zeros(0, np.float32)]
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            found.append(
+                np.asarray(
+                    scoring.scores(self.config, self.method, self.params, ids[rows], real[rows])
+                )
+            )
+        return np.concatenate(found)
+
+    def _check_lm_head(self) -> None:
+        """Raises RequestError if the model has no logits."""
+        if not self.config.lm_head:
+            raise RequestError(
+                "is a reward model, which has scores and no logits: it writes no text",
+                where=self.source,
+            )
 
     def generate(
         self,
@@ -105,6 +151,7 @@ class LanguageModel:
             RequestError: text without a tokenizer, an empty prompt, a setting out of range, or
                 more tokens than the model has positions.
         """
+        self._check_lm_head()
         if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
             one = prompts if isinstance(prompts, str) else list(prompts)
             return self.generate(
@@ -259,6 +306,7 @@ def load(
     dtype: str = "bfloat16",
     quantize: str | None = None,
     mesh: Mesh | None = None,
+    pick: str | None = None,
 ) -> LanguageModel:
     """Loads a model for use.
 
@@ -272,6 +320,8 @@ def load(
         quantize: "none", "int8" or "nf4", of the kernels of the blocks; None: as the run was
             trained, or "none".
         mesh: devices; one device by default.
+        pick: of a run that measures what it retains, which checkpoint: "target", "retention", or
+            "knee", between the two.
 
     Raises:
         RequestError: a path or file that cannot be read, by name.
@@ -287,8 +337,12 @@ def load(
             raise RequestError(
                 "a run has its own adapter; give the base's directory", key="adapter"
             )
-        return load_run(path, dtype, mesh, quantize)
+        return load_run(path, dtype, mesh, quantize, pick)
+    if pick is not None:
+        raise RequestError("only a run has checkpoints to pick from", key="pick", where=path)
     base = from_hf(path)
+    if adapter is not None and adapters.is_scorer(adapter):
+        base = with_heads(base, REWARD_MODEL, path)
     config = dataclasses.replace(base.config, dtype=dtype, quantize=quantize or "none")
     parts = plan_parts(config, Method(), mesh)
     params = load_parts(base, parts, mesh, 0, None)
@@ -296,9 +350,11 @@ def load(
     return lm if adapter is None else lm.add_adapter(DEFAULT, adapter).use(DEFAULT)
 
 
-def load_run(workdir: Path, dtype: str, mesh: Mesh, quantize: str | None) -> LanguageModel:
+def load_run(
+    workdir: Path, dtype: str, mesh: Mesh, quantize: str | None, pick: str | None
+) -> LanguageModel:
     """Loads a run's result; what it added to its base is the adapter "default"."""
-    run = open_run(workdir)
+    run = open_run(workdir, pick)
     config = dataclasses.replace(run.base.config, dtype=dtype, remat="none")
     full = run.method.name == "full"
     if quantize is not None and not full:
@@ -306,6 +362,10 @@ def load_run(workdir: Path, dtype: str, mesh: Mesh, quantize: str | None) -> Lan
     parts = run.parts(config, mesh)
     source = str(run.config.model.path or workdir)
     base, held = run.load_apart(parts, mesh)
+    if config.lm_head and config.score_head:  # a value head, which only training uses
+        config = dataclasses.replace(config, score_head=False)
+        parts = run.parts(config, mesh)
+        base, held = ({p: x for p, x in tree.items() if p != SCORE} for tree in (base, held))
     if full:  # its base is what it made
         params = {path: (base | held)[path] for path in flatten(parts.shapes)}
         stand = None

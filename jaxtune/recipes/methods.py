@@ -11,7 +11,7 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_params
 from jaxtune.peft.lora import Lora
-from jaxtune.peft.method import Method, is_routed, targeted
+from jaxtune.peft.method import SCORE, Method, is_routed, targeted
 from jaxtune.peft.registry import METHODS
 from jaxtune.recipes.schema_keys import KEYS
 
@@ -99,7 +99,9 @@ def check_targets(method: Method, config: ModelConfig) -> None:
     if targets is None or targets == "all-linear":
         return
     base = flatten(abstract_params(config.unquantized, Method()))
-    kernels = [path.removesuffix("/kernel") for path in base if path.endswith("/kernel")]
+    kernels = [
+        path.removesuffix("/kernel") for path in base if path.endswith("/kernel") and path != SCORE
+    ]
     routed = [path for path in kernels if is_routed(path)]
     reached = isinstance(method, Lora)
     if reached:

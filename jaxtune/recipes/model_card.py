@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtune.peft.method import Method
 from jaxtune.peft.registry import spec_of
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.base import is_run
+from jaxtune.recipes.combine import Mix
 from jaxtune.training.workdir import read_json
 
 LIBRARIES = {"hf": "transformers", "peft": "peft", "gguf": "gguf", "jaxtune": "jaxtune"}
@@ -23,6 +25,17 @@ HOW = {
     "gguf": "llama-cli -m DIRECTORY/model.gguf",
     "jaxtune": 'import jaxtune\n\nlm = jaxtune.load("BASE", adapter="DIRECTORY")',
 }
+HOW_TO_SCORE = {
+    "hf": "from transformers import AutoModelForSequenceClassification\n\n"
+    'model = AutoModelForSequenceClassification.from_pretrained("DIRECTORY")',
+    "peft": "from peft import AutoPeftModelForSequenceClassification\n\n"
+    'model = AutoPeftModelForSequenceClassification.from_pretrained("DIRECTORY", num_labels=1)',
+    "jaxtune": HOW["jaxtune"] + "\nlm.scores([text])",
+}
+SCORER = (
+    "It is a reward model: one number a text, read at its last token, larger for what is "
+    "preferred.\n"
+)
 
 
 def model_card(
@@ -31,6 +44,8 @@ def model_card(
     method: Method,
     report: Mapping[str, Any],
     adapter: str | Path | None = None,
+    scorer: bool = False,
+    mix: Mix | None = None,
 ) -> str:
     """Returns the Markdown of a card, with YAML front matter for the Hugging Face hub.
 
@@ -40,6 +55,8 @@ def model_card(
         method: how.
         report: of the export: format, dtype, max_logit_error, bound.
         adapter: directory of the adapter on `source`, if one was given.
+        scorer: whether it is a reward model.
+        mix: what was done to the run afterwards, if anything.
     """
     source, run = Path(source), is_run(Path(source))
     config = read_json(source / files.CONFIG) if run else {}
@@ -47,16 +64,22 @@ def model_card(
     if run and (source / files.SUMMARY).is_file():
         summary = read_json(source / files.SUMMARY)
     objective = config.get("objective", {}).get("name")
+    how, outputs = (HOW_TO_SCORE, "score") if scorer else (HOW, "logit")
     parts = [
-        front_matter(base, method, report["format"], objective),
+        front_matter(base, method, report["format"], objective, scorer),
         f"# {source.resolve().name}\n",
         f"Made from `{base}` by [jaxtune](https://pypi.org/project/jaxtune/)"
         + (f" with the objective `{objective}`" if objective else "")
         + (f" and the adapter `{adapter}`" if adapter else "")
         + ".\n",
-        section("Use", f"```\n{HOW[report['format']]}\n```"),
+        *([SCORER] if scorer else []),
+        section("Use", f"```\n{how[report['format']]}\n```"),
         section("Method", block({k: v for k, v in spec_of(method).items() if v not in (None, ())})),
     ]
+    if mix is not None and mix.changes:
+        settings = {k: v for k, v in dataclasses.asdict(mix).items() if k != "others"}
+        runs = [str(path) for path in mix.others]
+        parts.append(section("Merged afterwards", block({"merge": settings, "with": runs})))
     if config:
         parts.append(section("Data", table(("source", "format", "weight"), data_rows(config))))
     if summary:
@@ -73,23 +96,26 @@ def model_card(
             section("Versions", table(("package", "version"), summary["versions"].items()))
         )
     checked = {k: report[k] for k in ("format", "dtype", "max_logit_error", "bound")}
-    note = "Read back and compared before it was kept; errors are relative to the largest logit.\n"
+    note = f"Read back and compared before it was kept; errors are of the largest {outputs}.\n"
     parts.append(section("Export", note + "\n" + table(("", "value"), checked.items())))
     if config:
         parts.append(section("Config", block(config)))
     return "\n".join(parts)
 
 
-def front_matter(base: str, method: Method, format: str, objective: str | None) -> str:
+def front_matter(
+    base: str, method: Method, format: str, objective: str | None, scorer: bool = False
+) -> str:
     """Returns the YAML header; a JSON string is a YAML string."""
     tags = ["jaxtune", *([] if method.name == "base" else [method.name])]
     tags += [objective] if objective else []
+    pipeline = "text-classification" if scorer else "text-generation"
     lines = [
         "---",
         f"library_name: {LIBRARIES[format]}",
         f"base_model: {json.dumps(base, ensure_ascii=False)}",
         f"base_model_relation: {RELATIONS[format]}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {pipeline}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---\n",

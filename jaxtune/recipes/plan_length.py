@@ -9,7 +9,8 @@ from typing import Any
 
 from jaxtune.data.stream import Budget
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, open_data
+from jaxtune.recipes.data import Data
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.schema import plain
 
 ABSENT = "jsonl:(not given)"
@@ -66,8 +67,10 @@ def length_of(config: Any, base: Base, num_virtual: int) -> Length:
     entries = [*config.data.train, *config.data.eval]
     missing = [entry.source for entry in entries if not is_here(entry.source)]
     if not missing:
-        data = open_data(config, base.tokenizer, base.config.vocab_size, num_virtual)
+        data = OBJECTIVES[config.objective.name].open_data(config, base, num_virtual)
         stats, steps = data.stream.stats(), data.budget.steps
+        if "rows_per_epoch" not in stats:  # the tokens are yet to be sampled
+            return Length(data, steps, None, "total_steps")
         rows = data.budget.rows or steps * config.batch_size
         tokens = round(rows * stats["tokens_per_epoch"] / stats["rows_per_epoch"])
         return Length(data, steps, tokens, "measured on the data")

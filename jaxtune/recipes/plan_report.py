@@ -19,7 +19,7 @@ from jaxtune.planning import chips, collectives, compile, flops, memory, rooflin
 from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.plan_draft import Draft
-from jaxtune.recipes.sft import chunk_bytes
+from jaxtune.recipes.scores import chunk_bytes
 
 
 def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
@@ -193,6 +193,7 @@ def compiled_object(
         "compile_seconds": compiled.compile_seconds,
         "collectives": collectives.summary(found) if compiled.fits else None,
         "flops_per_device": compiled.flops,
+        "uncounted_loops": compiled.uncounted_loops,
         "optimal_seconds": optimal if roofline.plausible(optimal, estimate.step_seconds) else None,
         "frozen_gradient_collectives": len(frozen),
         "largest_collective": None

@@ -34,6 +34,7 @@ from jaxtune.recipes.base import (
     overridden,
     quantized,
 )
+from jaxtune.recipes.heads import LANGUAGE_MODEL, Heads, heads_of, with_heads
 from jaxtune.recipes.new_tokens import with_new_tokens
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.workdir import read_json
@@ -84,13 +85,16 @@ class Run:
         return plan_parts(config, self.method, mesh)
 
 
-def open_base(model: Any, seed: int, template: str | None = None) -> Base:
+def open_base(
+    model: Any, seed: int, template: str | None = None, heads: Heads = LANGUAGE_MODEL
+) -> Base:
     """Returns the Base of a resolved `model` section; weights are not read yet.
 
     Args:
         model: the section.
         seed: of a preset's random weights.
         template: chat template in place of the tokenizer's own.
+        heads: what the model is to have.
 
     Raises:
         RequestError: a path, preset or override that cannot be honoured.
@@ -99,7 +103,7 @@ def open_base(model: Any, seed: int, template: str | None = None) -> Base:
         base = from_preset(model, seed)
     else:
         path = local_directory(model.path, "model.path")
-        base = base_of_run(path) if is_run(path) else from_hf(path)
+        base = base_of_run(path) if is_run(path) else from_hf(path, heads.lm)
     tokenizer = base.tokenizer
     if model.tokenizer is not None:
         tokenizer = load_tokenizer(local_directory(model.tokenizer, "model.tokenizer"))
@@ -107,6 +111,7 @@ def open_base(model: Any, seed: int, template: str | None = None) -> Base:
         tokenizer = tokenizer.with_template(template)
     if model.path is not None:
         base = overridden(base, model.overrides)
+    base = with_heads(base, heads, model.path)
     config = dataclasses.replace(
         base.config,
         dtype=model.dtype,
@@ -119,8 +124,12 @@ def open_base(model: Any, seed: int, template: str | None = None) -> Base:
     return with_new_tokens(base, model.add_tokens) if model.add_tokens else base
 
 
-def open_run(workdir: Path) -> Run:
+def open_run(workdir: Path, pick: str | None = None) -> Run:
     """Returns the run in a workdir; weights are not read yet.
+
+    Args:
+        workdir: the run's.
+        pick: which checkpoint; see `workdir.result_step`.
 
     Raises:
         RequestError: there is no run, no checkpoint, or the base is not what it was.
@@ -130,7 +139,7 @@ def open_run(workdir: Path) -> Run:
     config = resolve(read_json(workdir / files.CONFIG))
     saved: RunCheckpoints = files.open_checkpoints(workdir, config, reading=True)
     try:
-        step = saved.best_step()
+        step = files.result_step(saved, config, pick)
         if step is None:
             raise RequestError("the run has saved no checkpoint yet", where=workdir)
         meta = saved.meta(step)
@@ -138,7 +147,8 @@ def open_run(workdir: Path) -> Run:
             trained_on, method = meta["fingerprints"]["base"], method_of_spec(meta["method"])
     finally:
         saved.close()
-    base = open_base(config.model, config.seed, config.data.template)
+    heads = heads_of(config.objective.name)
+    base = open_base(config.model, config.seed, config.data.template, heads)
     if base.fingerprint != trained_on:
         raise RequestError(
             "the base weights are not those that the run was trained on", where=workdir

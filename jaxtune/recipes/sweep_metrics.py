@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxtune.recipes.build import Plan, build
+from jaxtune.recipes.build import build
 from jaxtune.training.step import BAD_LEAF
 
 # Numbers of `summary.json` and of a row of metrics that do not come out of the step.
@@ -26,14 +26,5 @@ def metric_names(config: Mapping[str, Any]) -> set[str]:
         state, frozen, batch = plan.abstract_arguments()
         _, report = jax.eval_shape(plan.step, state, frozen, batch)
         names = {*COUNTS, *TIMES, *report} - {BAD_LEAF}
-        if plan.data.evals:
-            _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
-            names |= evaluation_names(plan, own)
+        names |= plan.objective.metrics(plan)
     return names
-
-
-def evaluation_names(plan: Plan, own: Mapping[str, Any]) -> set[str]:
-    """Returns the `eval/…` names; `own` are the objective's metrics beside the loss."""
-    sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
-    measured = ("loss", "perplexity", "tokens", *own)
-    return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,21 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxtune.checkpoints.runs import DamagedCheckpoint, RunCheckpoints
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.optim.anchor import with_importance
 from jaxtune.parallel import processes
-from jaxtune.parallel.batches import held_rows
+from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
+from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
+from jaxtune.recipes import reference_data, retention, showcase
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import seconds_of
 from jaxtune.recipes.build import Plan, build
+from jaxtune.recipes.report import write_report
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.versions import code_fingerprint, versions
 from jaxtune.training import stop, writers
 from jaxtune.training.compile import fresh_state
 from jaxtune.training.loop import Hooks, Outcome, Totals, run_loop
@@ -90,6 +98,7 @@ def train(
         started, begun = time.time(), None
         try:
             begun = begin(plan, workdir, allow_change)
+            reference_data.check_kept(plan, workdir)
             # Up to here nothing was written, and all that a process can refuse it has refused.
             processes.wait_for_all("start")
             processes.summary_path(workdir / files.SUMMARY)
@@ -99,7 +108,14 @@ def train(
                 if console is not None:
                     console.print(f"attention: {plan.attention}", highlight=False)
             outcome, totals = run(
-                plan, begun, workdir, metrics, console if is_writer() else None, limit
+                reference_data.with_reference(
+                    plan, lambda: parameters_at_start(plan, begun), workdir
+                ),
+                begun,
+                workdir,
+                metrics,
+                console if is_writer() else None,
+                limit,
             )
         except RequestError:
             raise
@@ -118,6 +134,7 @@ def train(
             summary["damaged_checkpoints"] = {str(s): told for s, told in begun.damaged.items()}
         if is_writer():
             write_json(workdir / files.SUMMARY, summary)
+            write_report(workdir)
     return Result(summary, rows)
 
 
@@ -153,6 +170,8 @@ class Begun:
         totals: what the run has seen before.
         fingerprints: of base, data and tokenizer.
         damaged: {step: what is wrong with it} of newer checkpoints.
+        start: a copy of the trained parameters before the first step, where the objective keeps it.
+        feed: {path: array} that the feed had saved; see `training.feed.Source`.
     """
 
     state: TrainState
@@ -160,6 +179,8 @@ class Begun:
     totals: Totals
     fingerprints: dict[str, str | None]
     damaged: dict[int, str] = dataclasses.field(default_factory=dict)
+    start: Tree | None = None
+    feed: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
@@ -184,16 +205,29 @@ def begin(plan: Plan, workdir: Path, allow_change: bool) -> Begun:
                     init = plan.config.peft.get("init_from")
                     params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init)
                 state, frozen = restore(plan, params, saved, step)
+                fed = {} if step is None else saved.restore_feed(step, replicated(plan.mesh))
             except DamagedCheckpoint as error:
                 told = str(error)
             # A checkpoint of which one process cannot read its part serves none of them.
             told = next(filter(None, processes.gather("checkpoint", told)), None)
             if told is None:
-                return Begun(state, frozen, seen, fingerprints, damaged)
+                start = None
+                if plan.objective.keeps_start(plan.config):
+                    # The step donates its state, which may hold the arrays that were loaded.
+                    start = jax.tree.map(jnp.copy, plan.parts.split(params)[0])
+                return Begun(state, frozen, seen, fingerprints, damaged, start, fed)
             damaged[step] = told
     finally:
         saved.close()
     raise RequestError(f"{damaged[max(damaged)]}; no checkpoint of the run is whole")
+
+
+def parameters_at_start(plan: Plan, begun: Begun) -> tuple[Tree, Tree]:
+    """Returns (trained, the rest) of the parameters as they were at step 0."""
+    if int(begun.state.step) == 0:
+        return begun.state.trainable, begun.frozen
+    init = plan.config.peft.get("init_from")
+    return plan.parts.split(load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init))
 
 
 def seen_at(
@@ -238,21 +272,20 @@ def run(
         if is_writer():
             files.put_aside(workdir, begun.damaged, start)
         processes.wait_for_all("damaged checkpoints")
+    if start == 0:
+        reference_data.check(plan, begun.state.trainable, frozen)
     rows = held_rows(plan.config.batch_size, plan.config.data.seq_len, plan.mesh)
-    batches = plan.data.stream.batches(
-        plan.config.batch_size,
-        plan.data.budget.steps,
-        start=start,
-        rows=slice(None) if rows is None else rows.held,
-        row_limit=plan.data.budget.rows,
-    )
+    samples = metrics_file(workdir / files.SAMPLES)
     with ExitStack() as stack:
         saved = files.open_checkpoints(workdir, plan.config)
         stack.callback(saved.close)
         write: list[writers.Write] = []
         if is_writer():
             metrics.rewind(start)
+            if samples.rows():
+                samples.rewind(start)
             write = open_writers(plan, workdir, metrics, start, stack)
+            stack.callback(samples.flush)
         display = stack.enter_context(ProgressDisplay(console, plan.data.budget.steps, start))
         request = stack.enter_context(stop.on_sigterm())
 
@@ -261,9 +294,28 @@ def run(
             for put in write:
                 put(row)
 
+        def note(row: dict[str, Any]) -> None:
+            if is_writer():
+                samples.append(row)
+                for put in write[1:]:
+                    put({"step": row["step"], **texts(row)})
+
+        source = plan.objective.open_feed(plan, begun, note)
+        before = begin_retention(plan, begun, workdir, log)
+        if start == 0:
+            showcase.show(plan, workdir, "before", begun.state.trainable, frozen)
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            found = plan.evaluate(state.trainable, frozen)
+            if plan.retention is None:
+                return found
+            kept = plan.retention.measure(state.trainable, frozen)
+            return found | retention.against(before, kept)
+
         def save(step: int, state: TrainState, totals: Totals, result: dict[str, float]) -> None:
             if is_writer():
                 metrics.flush()
+                samples.flush()
             saved.save(
                 step,
                 {"trainable": state.trainable, "fixed": unflatten(plan.parts.fixed(frozen))},
@@ -275,14 +327,15 @@ def run(
                     "data": {"next": step},
                 },
                 result,
+                on_all(source.arrays(), plan.mesh),
             )
 
         outcome = run_loop(
             compiled_together(plan),
             begun.state,
             frozen,
-            lambda state: (next(batches), {}),
-            Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
+            source.feed,
+            Hooks(log, evaluate, save, display.update, gate_of(plan)),
             begun.totals,
             mesh=plan.mesh,
             total_steps=plan.data.budget.steps,
@@ -294,8 +347,38 @@ def run(
             seconds_limit=seconds_limit,
         )
         saved.wait()
+        if outcome.stop_reason in (stop.FINISHED, stop.RETENTION):
+            showcase.show(plan, workdir, "after", outcome.state.trainable, frozen)
     processes.wait_for_all("end of training")
     return outcome, begun.totals
+
+
+def begin_retention(
+    plan: Plan, begun: Begun, workdir: Path, log: Callable[[dict[str, Any]], None]
+) -> dict[str, float]:
+    """Returns what is retained at the start of the run, which is logged as step 0."""
+    if plan.retention is None:
+        return {}
+
+    def measure() -> dict[str, float]:
+        return plan.retention.measure(begun.state.trainable, begun.frozen)
+
+    step = int(begun.state.step)
+    before, now = retention.begin(plan.retention, workdir, step, measure)
+    if now:
+        log({"step": step, **retention.against(before, before)})
+    return before
+
+
+def gate_of(plan: Plan) -> Callable[[dict[str, float]], str | None]:
+    """Returns what may end the run after an evaluation."""
+    return (lambda _: None) if plan.retention is None else plan.retention.gate
+
+
+def texts(row: dict[str, Any]) -> dict[str, str]:
+    """Returns a row of `samples.jsonl` as TensorBoard shows it, a Markdown code block."""
+    body = json.dumps({name: value for name, value in row.items() if name != "step"}, indent=1)
+    return {f"samples/{row.get('number', 0)}": f"```\n{body}\n```"}
 
 
 def compiled_together(plan: Plan) -> Callable:
@@ -334,7 +417,12 @@ def restore(
     """Returns (state, frozen): fresh, or as the newest checkpoint has them."""
     trainable, frozen = plan.parts.split(params)
     if latest is None:
-        return fresh_state(trainable, plan.tx, plan.config.seed, plan.layout), frozen
+        state = fresh_state(trainable, plan.tx, plan.config.seed, plan.layout)
+        if plan.config.retention.ewc:
+            found = plan.retention.importance(state.trainable, frozen)
+            held = with_importance(state.opt_state, found)
+            state = dataclasses.replace(state, opt_state=held)
+        return state, frozen
     model = saved.restore(latest, "model", plan.parts.saved_shapes())
     rest = saved.restore(latest, "state", dataclasses.replace(plan.layout.shapes, trainable=None))
     held = flatten(model["fixed"])
@@ -364,15 +452,8 @@ def summarise(
         "platform": plan.mesh.devices.flat[0].platform,
         "attention": dataclasses.asdict(plan.attention),
         "versions": versions(),
+        "code": code_fingerprint(),
     }
     if outcome.detail is not None:
         summary["detail"] = outcome.detail
     return summary
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide the numbers."""
-    from importlib.metadata import version
-
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
-    return {name: version(name) for name in names}

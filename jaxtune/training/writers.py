@@ -33,6 +33,8 @@ def tensorboard(directory: Path, start: int = 0) -> tuple[Write, Callable[[], No
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 writer.add_scalar(name, value, row["step"])
+            elif isinstance(value, str):
+                writer.add_text(name, value, row["step"])
         nonlocal copied
         if here is not directory and time.monotonic() - copied > SECONDS_BETWEEN_COPIES:
             writer.flush()

@@ -15,7 +15,7 @@ from jaxtune.models.config import Experts, LayerKind
 from jaxtune.objectives.logprobs import plain_scores, token_scores
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.sequence import balanced, check_tokens, zigzag
-from jaxtune.recipes import sft
+from jaxtune.recipes import scores
 from tests.correctness.small import (
     CONFIG,
     assert_same_gradients,
@@ -158,7 +158,7 @@ def test_the_chunked_loss_takes_a_part_of_each_piece(pieces, tokens):
 def test_the_chunked_loss_on_a_mesh_equals_one_devices(monkeypatch):
     """Logits three columns at a time on each device, virtual tokens in the rows."""
     room = {"logits_bytes": 3 * 8 * 96 * 4 // 2}
-    monkeypatch.setattr(sft, "token_scores", functools.partial(token_scores, **room))
+    monkeypatch.setattr(scores, "token_scores", functools.partial(token_scores, **room))
     fresh = dataclasses.replace(DENSE, attention="ring", max_position_embeddings=63)
     model = small("prompt", fresh, make_mesh({"sequence": 4, "fsdp": 2}))
     found = model.gradients(packed(model.method))

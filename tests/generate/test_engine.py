@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.generate import engine
+from jaxtune.generate import sampler, slots
 from jaxtune.generate.engine import generate
 from jaxtune.generate.stops import cut, stop_at
 from jaxtune.models.config import LayerKind
@@ -128,7 +128,7 @@ def decode(ids: list[int]) -> str:
 
 @pytest.mark.parametrize("chunk", [1, 3, 16])
 def test_stop_strings_end_a_row_with_the_token_that_completes_them(chunk, monkeypatch):
-    monkeypatch.setattr(engine, "CHUNK", chunk)
+    monkeypatch.setattr(sampler, "CHUNK", chunk)
     plain = write("full")
     # the first is within two tokens, the second cannot come, the third is one whole token
     stops = [f"{plain[0][3]}><{plain[0][4]}", "@", f"<{plain[2][0]}>"]
@@ -144,20 +144,20 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_them(chunk, monkey
 
 def test_chunks_do_not_change_what_is_drawn(monkeypatch):
     whole = write("full", temperature=1.0, seed=4)
-    monkeypatch.setattr(engine, "CHUNK", 5)
+    monkeypatch.setattr(sampler, "CHUNK", 5)
     assert write("full", temperature=1.0, seed=4, stop_check=lambda ids: None) == whole
 
 
 def test_one_compile_serves_a_bucket(monkeypatch):
     config = dataclasses.replace(CONFIG, norm_eps=2e-5)
     method, params = model("full")[1:]
-    traces, run = [], engine.decoder.hidden_states
+    traces, run = [], slots.decoder.hidden_states
 
     def counted(config, method, params, batch, **kwargs):
         traces.append(batch["input_ids"].shape)
         return run(config, method, params, batch, **kwargs)
 
-    monkeypatch.setattr(engine.decoder, "hidden_states", counted)
+    monkeypatch.setattr(slots.decoder, "hidden_states", counted)
     for options in (
         {"max_new_tokens": 3},
         {"max_new_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.5, "seed": 9},

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from jaxtune.generate import scoring
-from jaxtune.generate.engine import _programs, generate, left_padded
+from jaxtune.generate.engine import generate
 from jaxtune.generate.placement import mesh_of
+from jaxtune.generate.slots import left_padded, programs
 from jaxtune.models.decoder import init_params, param_axes
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import shardings
@@ -46,10 +47,12 @@ def test_a_device_holds_its_share_of_the_cache(sizes, kv_heads):
     mesh = make_mesh(sizes)
     params = init_params(config, method, jax.random.key(0))
     params = jax.device_put(params, shardings(param_axes(config, method), params, mesh))
-    prefill, _ = _programs(config, method)
+    run = programs(config, method)
     with mesh_of(params):
-        cache = prefill(params, *left_padded(method, PROMPTS, 4), 16).cache
-    for leaf in (cache.keys, cache.values):
-        assert len(leaf.addressable_shards) == mesh.size
-        assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // mesh.size
-    assert cache.positions.addressable_shards[0].data.shape[0] < 4
+        read = run.read(params, left_padded(method, PROMPTS, 4))
+        begun = run.start(4, 16, 16).cache
+    for cache in (read, begun):
+        for leaf in (cache.keys, cache.values):
+            assert len(leaf.addressable_shards) == mesh.size
+            assert leaf.addressable_shards[0].data.nbytes == leaf.nbytes // mesh.size
+        assert cache.positions.addressable_shards[0].data.shape[0] < 4

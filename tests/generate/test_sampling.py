@@ -7,7 +7,7 @@ from jaxtune.generate import sampling
 from jaxtune.generate.sampling import nucleus, row_keys, step_keys
 
 RNG = np.random.default_rng(0)
-sample = jax.jit(sampling.sample)
+sample = jax.jit(lambda *args: sampling.sample(*args).ids)
 
 
 def kept_oracle(scores: np.ndarray, top_k: int, top_p: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jaxtune.planning import collectives, hlo
-from jaxtune.recipes import sft
+from jaxtune.recipes import scores
 from jaxtune.recipes.build import build
 from jaxtune.recipes.plan_report import frozen_shapes, step_flops
 from jaxtune.recipes.schema import resolve
@@ -19,8 +19,8 @@ CHUNKS = 4
 def compiled(tmp_path, monkeypatch, method):
     """Returns (plan, parsed program) of a run whose loss takes four chunks of its logits."""
     bytes_ = SEQ // CHUNKS * VOCAB * 4
-    monkeypatch.setattr(sft, "LOGITS_BYTES", bytes_)
-    monkeypatch.setattr(sft, "SPREAD_HEAD", 1)
+    monkeypatch.setattr(scores, "LOGITS_BYTES", bytes_)
+    monkeypatch.setattr(scores, "SPREAD_HEAD", 1)
     config = run_config(
         tmp_path,
         peft={"method": method},

@@ -123,7 +123,6 @@ BAD = [
     ({"model.quantize": "nf"}, "model.quantize", "did you mean 'nf4'?"),
     ({"model.quantize": "nf4"}, "model.quantize", "contradicts peft.method = 'full'"),
     (lora(variant="pissa") | {"model.quantize": "nf4"}, "peft.variant", "starts from whole"),
-    ({"objective.name": "dpo"}, "objective.name", "not available"),
     ({"objective.name": "stf"}, "objective.name", "did you mean 'sft'?"),
     ({"data.train[0].format": "preference"}, "data.train[0].format", "reads 'chat' or"),
     ({"data.train[0].format": "chats"}, "data.train[0].format", "did you mean 'chat'?"),

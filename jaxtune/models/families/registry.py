@@ -25,6 +25,7 @@ from jaxtune.models.families import (
     qwen2,
     qwen3,
     qwen3_moe,
+    score,
     smollm3,
 )
 from jaxtune.models.families.table import Weight
@@ -88,8 +89,11 @@ def family(name: str) -> Family:
     return Family(
         module.from_hf,
         module.to_hf,
-        module.table,
-        getattr(module, "module_table", module.table),
+        lambda config: (*module.table(config), score.WEIGHT),
+        lambda config: (
+            *getattr(module, "module_table", module.table)(config),
+            score.WEIGHT,
+        ),
         module.INERT_TENSORS,
         getattr(module, "RENAMED", ()),
     )
@@ -111,12 +115,16 @@ def from_hf(raw: Mapping[str, Any], where: object | None = None) -> ModelConfig:
             key="model_type",
             where=where,
         )
+    scorer = score.is_scorer(raw)
+    if scorer:
+        raw = score.as_language_model(raw, FAMILIES[kind].ARCHITECTURE, where)
     try:
-        return family(kind).from_hf(raw, where)
+        config = family(kind).from_hf(raw, where)
     except RequestError:
         raise
     except ValueError as error:  # what ModelConfig itself refuses
         raise RequestError(str(error), where=where) from error
+    return score.as_scorer(config) if scorer else config
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -128,16 +136,20 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     lost = not_held(config)
     if lost:
         raise RequestError(f"family {config.family!r} cannot hold {', '.join(lost)}")
-    return family(config.family).to_hf(config)
+    fields = family(config.family).to_hf(config)
+    return fields if config.lm_head else fields | score.fields(config)
 
 
 def not_held(config: ModelConfig) -> list[str]:
     """Returns `field=value` of each part that writing and reading config.json would lose."""
     chosen = family(config.family)
+    if not config.lm_head and config.family not in score.ARCHITECTURES:
+        return ["a score head, for which transformers has no class of this family"]
     if len(config.kinds) == 1 and config.kinds[0].rope is None and not config.learned_positions:
         return ["rope=None"]
     try:
         read = chosen.from_hf(chosen.to_hf(config))
+        read = read if config.lm_head else score.as_scorer(read)
     except RequestError as refusal:  # the family's fields have no such value
         return [str(refusal.key)]
     return [

@@ -1,0 +1,245 @@
+"""GRPO and PPO on real data: writes docs/results_rl.md.
+
+    python -m benchmarks.results_rl                       # both
+    python -m benchmarks.results_rl --objectives=grpo     # one of them
+    python -m benchmarks.results_rl --quick --out=FILE    # two iterations, to see that it runs
+    python -m benchmarks.results_rl --keep=DIR            # what DIR holds is not run again
+
+Needs the real model and stories in ../shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import tasks
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+MODEL = "models/babyllama105"
+WORD, NEW, LENGTH, HELD, EXAMPLES = "big", 80, 160, 64, 3
+OPENING = re.compile(r"[^.!?]{20,70}[.!?]")
+
+# By objective: its own keys, batch_size, steps, and the learning rate.
+SETTINGS: dict[str, tuple[dict[str, Any], int, int, float]] = {
+    "grpo": ({"prompts": 8, "samples": 8, "kl_coef": 0.1}, 64, 24, 1e-3),
+    "ppo": ({"prompts": 64, "samples": 1, "epochs": 2, "kl_coef": 0.02}, 32, 80, 1e-3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came of an objective.
+
+    Attributes:
+        before, after: mean reward over samples of held-out prompts.
+        kl: of the last iteration from the start, nats a completion, and a token.
+        steps, iterations: done.
+        seconds: of training with sampling and evaluation; sampling: of an iteration, the median.
+        gap: the most that sampler and trainer were apart, nats a token on average.
+        curve: mean reward of each iteration.
+        examples: (prompt, completion, reward) of the last iteration.
+    """
+
+    before: float
+    after: float
+    kl: tuple[float, float]
+    steps: int
+    iterations: int
+    seconds: float
+    sampling: float
+    gap: float
+    curve: list[float]
+    examples: list[tuple[str, str, float]]
+
+    @property
+    def share(self) -> float:
+        """Of the gain that was possible, how much was made."""
+        return (self.after - self.before) / (1 - self.before)
+
+
+def openings(model: Path) -> list[str]:
+    """Returns first sentences of stories that the model can read and that lack the word."""
+    known = tasks.characters(model)
+    found = (OPENING.match(text) for text in tasks.stories(SHARED / "data", 1000))
+    texts = [match.group(0) for match in found if match]
+    fine = [t for t in texts if set(t) <= known and WORD not in t.lower()]
+    return list(dict.fromkeys(fine))
+
+
+def config_of(name: str, files: tuple[Path, Path], model: Path, quick: bool) -> dict[str, Any]:
+    """Returns the config of a run."""
+    own, batch, steps, rate = SETTINGS[name]
+    rows = own["prompts"] * own["samples"]
+    if quick:
+        steps = 2 * own.get("epochs", 1) * rows // batch
+    return {
+        "seed": 0,
+        "model": {"path": str(model), "dtype": "float32"},
+        "peft": {"method": "lora", "rank": 8, "alpha": 16.0},
+        "objective": {
+            "name": name,
+            "rewards": [{"function": "contains", "arguments": {"word": WORD}}],
+            "max_new_tokens": NEW,
+            "eval_temperature": 1.0,
+            "eval_samples": 1 if quick else 4,
+            **own,
+        },
+        "data": {
+            "train": [{"source": f"jsonl:{files[0]}", "format": "prompt"}],
+            "eval": [{"source": f"jsonl:{files[1]}", "format": "prompt"}],
+            "seq_len": LENGTH,
+        },
+        "batch_size": batch,
+        "total_steps": steps,
+        "optim": {"lr": rate, "warmup_steps": min(5, steps)},
+        "mesh": {"data": 1, "fsdp": 1},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+def reward_of_start(config: dict[str, Any]) -> float:
+    """Returns the held-out reward before the first step, measured as the run measures it."""
+    import jax
+
+    from jaxtune.recipes.assemble import load_parts
+    from jaxtune.recipes.build import build
+    from jaxtune.recipes.schema import resolve
+
+    plan = build(resolve(config))
+    with jax.set_mesh(plan.mesh):
+        params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, None)
+        return plan.evaluate(*plan.parts.split(params))["eval/reward"]
+
+
+def train_and_measure(name: str, files: tuple[Path, Path], scratch: Path, quick: bool) -> Run:
+    """Trains an objective and says what came of it."""
+    import jaxtune
+
+    config = config_of(name, files, SHARED / MODEL, quick)
+    before = reward_of_start(config)
+    started = time.perf_counter()
+    result = jaxtune.train(config, scratch / name)
+    seconds = time.perf_counter() - started
+    first = {row["iteration"]: row for row in reversed(result.history) if "iteration" in row}
+    rows = [first[number] for number in sorted(first)]
+    shown = [json.loads(x) for x in (scratch / name / "samples.jsonl").read_text().splitlines()]
+    last = [row for row in shown if row["iteration"] == rows[-1]["iteration"]]
+    times = sorted(row["sampling_seconds"] for row in rows)
+    return Run(
+        before,
+        result.summary["metrics"]["eval/reward"],
+        (rows[-1]["rollout_kl/completion"], rows[-1]["rollout_kl"]),
+        result.summary["step"],
+        len(rows),
+        seconds,
+        times[len(times) // 2],
+        max(row["sampler_gap"] for row in rows),
+        [row["reward"] for row in rows],
+        [(row["prompt"], row["completion"], row["reward"]) for row in last[:EXAMPLES]],
+    )
+
+
+def page(runs: dict[str, Run], held: int, command: str) -> str:
+    """Returns the page."""
+    lines = [
+        "# Reinforcement learning on real data",
+        "",
+        f"Written by `{command}` on {datetime.date.today().isoformat()} "
+        f"({platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}); "
+        "not by hand.",
+        "",
+        "`babyllama105`, a language model of 1M parameters that spells, continues the first "
+        "sentence of a TinyStories story. The reward is verifiable: 1 if its next "
+        f"{NEW} characters have the word “{WORD}”, else 0 (`contains`). LoRA of rank 8 on all "
+        f"linear layers, float32. Held out: {held} first sentences, "
+        "4 samples each at temperature 1.",
+        "",
+        "| | before | after | share of the possible gain | KL, nats a completion (a token) "
+        "| iterations (steps) | seconds in all | sampling, s an iteration |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, run in runs.items():
+        lines.append(
+            f"| `{name}` | {run.before:.3f} | {run.after:.3f} | {run.share:.2f} | "
+            f"{run.kl[0]:.1f} ({run.kl[1]:.3f}) | {run.iterations} ({run.steps}) | "
+            f"{run.seconds:.0f} | {run.sampling:.1f} |"
+        )
+    lines += [
+        "",
+        "Seconds are of the wall, with compilation and evaluation, on a machine that other work "
+        "shared; KL is from the model before training. Sampler and trainer gave the same "
+        "log-probabilities to within "
+        f"{max(run.gap for run in runs.values()):.1e} nats a token.",
+    ]
+    for name, run in runs.items():
+        own, batch, _, rate = SETTINGS[name]
+        keys = ", ".join(f"{key} {value:g}" for key, value in own.items())
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{keys}, batch_size {batch}, lr {rate:g}; other keys as by default. Mean reward of "
+            "each iteration's samples: " + ", ".join(f"{value:.2f}" for value in run.curve) + ".",
+            "",
+            "Samples of the last iteration:",
+            "",
+        ]
+        for prompt, text, reward in run.examples:
+            lines.append(f"- {prompt} **{text.strip()}** (reward {reward:g})")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the benchmark and writes the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--objectives", default=",".join(SETTINGS))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results_rl.md")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args(argv)
+    model = SHARED / MODEL
+    if not model.is_dir():
+        print(f"needs the real models and data in {SHARED}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    texts, runs = openings(model), {}
+    held = texts[: 8 if options.quick else HELD]
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        files = scratch / "train.jsonl", scratch / "held.jsonl"
+        for path, some in zip(files, (texts[HELD:], held), strict=True):
+            path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in some))
+        for name in options.objectives.split(","):
+            kept = None if options.keep is None else options.keep / f"{name}.json"
+            if kept is None or not kept.exists():
+                runs[name] = train_and_measure(name, files, scratch, options.quick)
+            else:
+                runs[name] = Run(**json.loads(kept.read_text()))
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(dataclasses.asdict(runs[name])))
+            print(name, runs[name], flush=True)
+    command = "python -m benchmarks.results_rl" + (" --quick" if options.quick else "")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(page(runs, len(held), command))
+    print(f"{options.out}: written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
