@@ -97,8 +97,8 @@ def _parser() -> arguments.Parser:
 def _settings(args: argparse.Namespace, split: arguments.Split) -> Settings:
     from jaxtune.data.doctor.settings import GROUPS, Settings
 
-    if not 0 < args.near <= 1:  # not NaN either
-        raise RequestError(f"expected a number > 0, ≤ 1; got {args.near}", key="--near")
+    if not 0.5 <= args.near <= 1:  # not NaN either
+        raise RequestError(f"expected a number from 0.5 to 1; got {args.near}", key="--near")
     if split.config is not None:
         given = [name for name in _CONFIGS if getattr(args, name)]
         if given:

@@ -152,7 +152,7 @@ def examine(context: Context, number: int, span: Span) -> Chunk:
     for at, verdict in enumerate(verdicts):
         if verdict is not None:
             _note(out, at, verdict, settings.seq_len, most)
-    _sign(out, views, examples)
+    _sign(out, views, examples, settings.near)
     if context.index is not None:
         plain = [ngrams.words_only(v.everything()) if v else "" for v in views]
         for hit in contamination.search(context.index, plain):
@@ -325,15 +325,17 @@ def _count_groups(context: Context, out: Chunk, at: int, shown: View, refuses: b
         out.answers.append(Named(axis, group, key, int(out.answer[at]), length, refuses))
 
 
-def _sign(out: Chunk, views: list[View | None], examples: list[Example | None]) -> None:
+def _sign(
+    out: Chunk, views: list[View | None], examples: list[Example | None], near: float
+) -> None:
     bodies = [
         near_text(v, e) if v and e is not None else "" for v, e in zip(views, examples, strict=True)
     ]
     out.signed = np.array([bool(body) for body in bodies])
-    out.bands = np.zeros((len(bodies), minhash.BANDS), np.uint32)
+    out.bands = np.zeros((len(bodies), minhash.SIZE // minhash.rows_a_band(near)), np.uint32)
     out.low = np.zeros((len(bodies), minhash.SIZE), np.uint8)
     if out.signed.any():
-        signed = minhash.signatures([body for body in bodies if body])
+        signed = minhash.signatures([body for body in bodies if body], near)
         out.bands[out.signed], out.low[out.signed] = signed
 
 

@@ -148,7 +148,11 @@ class _Gathered:
         self.lengths = {
             name: np.zeros(total, np.int32) for name in ("characters", "tokens", "targets")
         }
-        self.bands = _on_disk(spool / "bands.npy", np.uint32, (total, minhash.BANDS))
+        self.bands = _on_disk(
+            spool / "bands.npy",
+            np.uint32,
+            (total, minhash.SIZE // minhash.rows_a_band(settings.near)),
+        )
         self.low = _on_disk(spool / "low.npy", np.uint8, (total, minhash.SIZE))
         self.signed = np.zeros(total, bool)
         self.language = np.zeros(total, np.uint8)

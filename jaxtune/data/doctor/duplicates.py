@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxtune.data.doctor.minhash import BANDS, estimate
+from jaxtune.data.doctor.minhash import SIZE, estimate
 
 # Rows that share a band are compared with this many that follow in order of the next bands, so
 # that a bucket of thousands costs no square; near duplicates stand beside each other there.
 _WINDOW = 8
-_MARGIN = 0.13  # 3.6 standard deviations of the estimate at 0.8
+_DEVIATIONS = 3.6  # of the estimate, below which a pair is not compared
 _BLOCK = 1 << 17
 
 
@@ -74,17 +74,19 @@ def candidates(bands: np.ndarray, low: np.ndarray, rows: np.ndarray, near: float
     """Returns int64 [pairs, 2] of rows that share a band and whose signatures are near.
 
     Args:
-        bands: uint32 [all rows, BANDS].
+        bands: uint32 [all rows, bands].
         low: uint8 [all rows, SIZE].
         rows: int64, those to compare, ascending.
         near: similarity.
     """
     size = np.uint64(max(len(rows), 1))
     found = np.zeros(0, np.uint64)
-    columns = [np.ascontiguousarray(bands[rows, band]) for band in range(BANDS)]
-    for band in range(BANDS):
+    count = bands.shape[1]
+    least = near - _DEVIATIONS * (near * (1 - near) / SIZE) ** 0.5
+    columns = [np.ascontiguousarray(bands[rows, band]) for band in range(count)]
+    for band in range(count):
         keys = columns[band]
-        order = np.lexsort((columns[(band + 2) % BANDS], columns[(band + 1) % BANDS], keys))
+        order = np.lexsort((columns[(band + 2) % count], columns[(band + 1) % count], keys))
         keys = keys[order]
         for step in range(1, _WINDOW + 1):
             same = np.flatnonzero(keys[step:] == keys[:-step])
@@ -97,7 +99,7 @@ def candidates(bands: np.ndarray, low: np.ndarray, rows: np.ndarray, near: float
     for start in range(0, len(found), _BLOCK):
         left, right = np.divmod(found[start : start + _BLOCK], size)
         pair = np.stack([rows[left.astype(np.int64)], rows[right.astype(np.int64)]], axis=1)
-        kept.append(pair[estimate(low[pair[:, 0]], low[pair[:, 1]]) >= near - _MARGIN])
+        kept.append(pair[estimate(low[pair[:, 0]], low[pair[:, 1]]) >= least])
     return np.concatenate(kept) if kept else np.zeros((0, 2), np.int64)
 
 

@@ -13,32 +13,46 @@ import numpy as np
 
 from jaxtune.data.doctor.ngrams import characters
 
-# Similar at 0.8 meet in some band with probability 1 - (1 - 0.8^6)^21 = 0.998; at 0.5, with 0.28.
-BANDS, ROWS = 21, 6
-SIZE = BANDS * ROWS
+SIZE = 126
+# Rows a band may have: divisors of SIZE.
+_ROWS = (14, 9, 7, 6, 3, 2)
+_RECALL = 0.995
 _SEED = 7
 
 
-def signatures(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def rows_a_band(near: float) -> int:
+    """Returns how many values of a signature make a band.
+
+    As many as let rows that are just so similar share a band with a probability of 0.995, since
+    more rows a band mean fewer pairs to compare: two rows of similarity s share one of SIZE / r
+    bands with probability 1 - (1 - s^r)^(SIZE / r).
+
+    >>> [rows_a_band(near) for near in (0.9, 0.8, 0.7)]
+    [9, 6, 3]
+    """
+    return next(r for r in _ROWS if 1 - (1 - near**r) ** (SIZE // r) >= _RECALL)
+
+
+def signatures(texts: Sequence[str], near: float) -> tuple[np.ndarray, np.ndarray]:
     """Signs texts by their character 5-grams.
 
     Args:
         texts: as `ngrams.squeezed` gives them.
+        near: similarity that is looked for.
 
     Returns:
-        uint32 [texts, BANDS], a hash of each band, and uint8 [texts, SIZE], the low bits of the
+        uint32 [texts, bands], a hash of each band, and uint8 [texts, SIZE], the low bits of the
         signature, from which similarity is estimated.
     """
     from rensa import RMinHash
 
-    if not texts:
-        return np.zeros((0, BANDS), np.uint32), np.zeros((0, SIZE), np.uint8)
+    rows = rows_a_band(near)
     hashes, starts = characters(texts)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, starts.tolist(), SIZE, _SEED)
     full = np.array(matrix.to_rows(), np.uint32)
-    folded = np.zeros((len(texts), BANDS), np.uint64)
-    for row in range(ROWS):
-        folded = (folded ^ full[:, row::ROWS]) * np.uint64(0x9E3779B97F4A7C15)
+    folded = np.zeros((len(texts), SIZE // rows), np.uint64)
+    for row in range(rows):
+        folded = (folded ^ full[:, row::rows]) * np.uint64(0x9E3779B97F4A7C15)
         folded ^= folded >> np.uint64(29)
     return (folded >> np.uint64(32)).astype(np.uint32), full.astype(np.uint8)
 

@@ -8,6 +8,7 @@ from typing import Any
 from jaxtune.core import page as html
 from jaxtune.core.page import Markup, element, text
 from jaxtune.data.doctor.language import UNKNOWN
+from jaxtune.data.doctor.report import without_directories
 
 _LINES_SHOWN = 60
 
@@ -81,8 +82,8 @@ def _finding(entry: Mapping[str, Any]) -> Markup:
     )
     parts = [html.paragraph(entry["about"][:1].upper() + entry["about"][1:] + ".")]
     for example in entry["examples"]:
-        line = element("code", text(example["where"]))
-        words = html.join([line, text(f" {example['detail']}")])
+        line = element("code", text(without_directories(example["where"])))
+        words = html.join([line, text(f" {without_directories(example['detail'])}")])
         shown = [element("p", words)]
         if example["text"]:
             shown.append(element("p", text(example["text"]), css="soft"))

@@ -183,8 +183,12 @@ def as_json(report: Mapping[str, Any]) -> str:
     return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
 
 
-def _short(words: str) -> str:
-    """Leaves the directories of paths out, for a line of a terminal."""
+def without_directories(words: str) -> str:
+    """Leaves the directories of paths out, for a narrow place.
+
+    >>> without_directories("as data/train.jsonl:3")
+    'as train.jsonl:3'
+    """
     return " ".join(word.rpartition("/")[2] if "/" in word else word for word in words.split(" "))
 
 
@@ -196,7 +200,10 @@ def summary(report: Mapping[str, Any]) -> list[str]:
         f"{report['rows_without_finding']:,} without a finding"
     ]
     for entry in report["findings"]:
-        places = [f"{_short(e['where'])} ({_short(e['detail'])})" for e in entry["examples"][:2]]
+        places = [
+            f"{without_directories(e['where'])} ({without_directories(e['detail'])})"
+            for e in entry["examples"][:2]
+        ]
         lines.append(
             f"{entry['severity']:8}{entry['kind']:22}{entry['count']:>9,} {entry['share']:7.2%}  "
             + "; ".join(places)

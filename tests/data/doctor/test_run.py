@@ -31,6 +31,7 @@ def seeded():
     return world.plant(rows, 3, seed=12)
 
 
+@pytest.mark.slow
 def test_processes_and_packing_change_nothing(seeded, doctor, tmp_path):
     plain = seeded.write(tmp_path / "rows.jsonl")
     packed = tmp_path / "rows.jsonl.gz"

@@ -23,6 +23,7 @@ def scores(found: set[int], planted: set[int], before: set[int]) -> tuple[float,
     return right / len(planted), right / max(right + wrong, 1)
 
 
+@pytest.mark.slow
 def test_faults_of_single_rows_are_found(clean_rows, doctor, tmp_path):
     before_path = tmp_path / "before.jsonl"
     before_path.write_text("".join(json.dumps(row) + "\n" for row in clean_rows))
@@ -50,6 +51,7 @@ def similarity(one: dict[str, str], two: dict[str, str]) -> float:
     return len(left & right) / len(left | right)
 
 
+@pytest.mark.slow
 def test_repeats_are_found(clean_rows, doctor, tmp_path):
     r = random.Random(3)
     rows = list(clean_rows)
@@ -77,6 +79,23 @@ def test_repeats_are_found(clean_rows, doctor, tmp_path):
     recall, precision = scores(lines_of(report, "near_duplicate"), planted["near_duplicate"], set())
     assert recall >= 0.95 and precision >= 0.95
     assert not far & lines_of(report, "near_duplicate")
+
+
+@pytest.mark.parametrize(("near", "share"), [(0.6, 0.3), (0.9, 0.08)])
+def test_other_similarities_may_be_asked_for(near, share, doctor, tmp_path):
+    r = random.Random(31)
+    rows = world.made_rows(300, seed=30)
+    close = set()
+    for at in range(150):
+        text = {name: world.edited(text, r, r.uniform(0, share)) for name, text in rows[at].items()}
+        rows.append(text)
+        if similarity(rows[at], text) >= near:
+            close.add(len(rows))
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = lines_of(doctor(path, near=near), "near_duplicate")
+    recall, precision = scores(found, close, set())
+    assert len(close) > 20 and recall >= 0.95 and precision == 1.0
 
 
 def test_rows_of_another_split_are_found(clean_rows, doctor, tmp_path):
@@ -109,6 +128,7 @@ def questions() -> list[str]:
     return out
 
 
+@pytest.mark.slow
 def test_evaluation_items_are_found(clean_rows, questions, doctor, tmp_path):
     r = random.Random(6)
     evaluation = tmp_path / "eval.jsonl"
