@@ -1,4 +1,4 @@
-"""What each mitigation keeps of TinyStories, at several strengths, as a page in docs/.
+"""What each mitigation keeps of TinyStories, at several strengths, as docs/forgetting.md.
 
     python -m benchmarks.forgetting                  # all of it
     python -m benchmarks.forgetting --quick          # a few steps of each, to see that it runs
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tasks", default="sms_spam,rasbt")
     parser.add_argument("--only", help="groups, with commas")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "forgetting_results.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "forgetting.md")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args(argv)
