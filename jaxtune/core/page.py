@@ -27,7 +27,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; padding-top: .6rem;
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 code, pre { font-family: ui-monospace, monospace; font-size: .85em; }
-.scroll { overflow-x: auto; }
+pre { white-space: pre-wrap; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
@@ -152,7 +152,7 @@ def histogram(
     ends = (
         f'<text x="0" y="{height - 4}">{edges[0]:,}</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{edges[-1]:,}</text>'
-        f'<text x="0" y="10">{most:,}</text>'
+        f'<text x="0" y="12">{most:,}</text>'
     )
     return _svg(width, height, base, label, [*bars, ends])
 
@@ -180,7 +180,7 @@ def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label:
     parts.append(
         f'<text x="0" y="{height - 4}">{x0:g}</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{x1:g}</text>'
-        f'<text x="0" y="10">{y1:.4g}</text><text x="0" y="{base - 4}">{y0:.4g}</text>'
+        f'<text x="0" y="12">{y1:.4g}</text><text x="0" y="{base - 4}">{y0:.4g}</text>'
     )
     return _svg(width, height, base, label, parts)
 

@@ -175,7 +175,7 @@ def data(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None
         return None
     names = list(dict.fromkeys(name for counts in stats["sources"] for name in counts))
     rows = [(name, *(f"{counts.get(name, 0):,}" for counts in stats["sources"])) for name in names]
-    header = ("", *(entry["source"] for entry in config["data"]["train"]))
+    header = ("", *(Path(entry["source"]).name for entry in config["data"]["train"]))
     rest = {k: v for k, v in stats.items() if k != "sources" and isinstance(v, int | float)}
     told = ", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in rest.items())
     table = html.table(header, rows, numbers=range(1, len(header)))
