@@ -187,11 +187,9 @@ def _stream(config: Any) -> tuple[Any, Any]:
     directory = config.model.tokenizer or config.model.path
     needs = any(entry.format != "tokens" for entry in data.train)
     tokenizer = _tokenizer(directory, data.template) if directory and needs else None
-    if any(entry.format == "prompt" for entry in data.train):
-        from jaxtune.recipes.data import open_prompts
-
-        return open_prompts(config, tokenizer, data.seq_len)[0], tokenizer
     virtual = _virtual(config) if config.peft.method == "prompt" else 0
+    if any(entry.format == "prompt" for entry in data.train):
+        return _prompts(config, virtual), tokenizer
     stores = [
         tokenize(
             open_source(entry.source, f"data.train[{i}].source"),
@@ -218,6 +216,24 @@ def _stream(config: Any) -> tuple[Any, Any]:
         num_virtual=virtual,
     )
     return stream, tokenizer
+
+
+def _prompts(config: Any, virtual: int) -> Any:
+    """Returns the prompts of a config, in the order in which a run takes them."""
+    from jaxtune.data.prompts import Prompts
+    from jaxtune.recipes.prompt_data import open_one
+    from jaxtune.recipes.runs import open_base
+
+    data, base = config.data, open_base(config.model, config.seed, config.data.template)
+    return Prompts(
+        tuple(
+            open_one(entry, config, base, virtual, f"data.train[{i}]")
+            for i, entry in enumerate(data.train)
+        ),
+        tuple(entry.weight for entry in data.train),
+        shuffle=data.shuffle,
+        seed=config.seed,
+    )
 
 
 def _virtual(config: Any) -> int:

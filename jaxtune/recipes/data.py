@@ -8,8 +8,6 @@ from typing import Any
 import jax
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.batches import most_completions as most
-from jaxtune.data.prompts import Prompts, PromptStore, read_prompts
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.store import TokenStore, keys_of
@@ -80,16 +78,6 @@ def open_store(
     )
 
 
-def most_completions(data: Data, seq_len: int, packing: bool, num_virtual: int) -> int:
-    """Returns a number that the completions of a row of any of a run's batches never exceed.
-
-    Rows of evaluation data hold one example, whatever the packing; see `batches.most_completions`.
-    """
-    held_out = most(tuple(data.evals.values()), seq_len, False, num_virtual)
-    trained = 1 if data.stream is None else data.stream.most_completions
-    return max(trained, held_out)
-
-
 def formats_of(config: Any) -> list[str]:
     """Returns the formats of a config's data as they are trained: split pairs are unpaired."""
     name = config.objective.name
@@ -137,45 +125,6 @@ def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_vir
     duration = {name: config[name] for name in DURATIONS if name in config}
     budget = stream.budget(batch_size=config.batch_size, **duration)
     return Data(stream, budget, warmup_steps(config, stream, budget), evals)
-
-
-def open_prompts(
-    config: Any, tokenizer: Tokenizer, longest: int
-) -> tuple[Prompts, dict[str, PromptStore]]:
-    """Returns the prompts of a resolved config: for training, and {name: held-out source}.
-
-    Args:
-        config: with sources of format "prompt".
-        tokenizer: the model's.
-        longest: the most tokens of a prompt that leave room for a completion; `data.max_prompt`
-            may say less.
-
-    Raises:
-        RequestError: with the key, and FILE:LINE of the record at fault.
-    """
-    data, most_tokens = config.data, config.data.get("max_prompt") or longest
-    if most_tokens > longest:
-        raise RequestError(
-            f"{most_tokens} leaves no room for a completion: at most {longest} do",
-            key="data.max_prompt",
-        )
-
-    def read(entry: Any, key: str) -> PromptStore:
-        if tokenizer is None:
-            raise RequestError("prompts need a tokenizer; set model.tokenizer", key=f"{key}.format")
-        source = open_source(entry.source, key=f"{key}.source")
-        return read_prompts(
-            source, tokenizer, max_prompt=most_tokens, overlong=data.overlong, key=key
-        )
-
-    stores = tuple(read(entry, f"data.train[{i}]") for i, entry in enumerate(data.train))
-    prompts = Prompts(
-        stores,
-        tuple(entry.weight for entry in data.train),
-        shuffle=data.shuffle,
-        seed=config.seed,
-    )
-    return prompts, {e.name: read(e, f"data.eval[{i}]") for i, e in enumerate(data.eval)}
 
 
 def warmup_steps(config: Any, stream: Stream, budget: Budget) -> int:
