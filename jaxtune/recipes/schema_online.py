@@ -229,11 +229,18 @@ ONLINE: tuple[Key, ...] = (
     Key(
         "objective.kl_coef",
         "float",
-        0.0,
+        0.04,
         "weight of the KL divergence from the policy at the start; 0: no reference is computed",
         low=0,
         used_by=_EITHER,
-        defaults={"ppo": 0.05, "grpo": 0.04, "rloo": 0.05, "reinforce++": 0.01},
+        defaults={
+            "ppo": 0.05,
+            "dr_grpo": 0.0,
+            "dapo": 0.0,
+            "gspo": 0.0,
+            "rloo": 0.05,
+            "reinforce++": 0.01,
+        },
     ),
     Key(
         "objective.kl_estimator",

@@ -46,6 +46,7 @@ def apply(values: Values, given: Mapping[str, Any]) -> None:
             key="peft.dropout",
         )
     _sampling(values)
+    _server(values)
     _learning(values)
 
 
@@ -81,6 +82,29 @@ def _sampling(values: Values) -> None:
             "more",
             key="objective.samples",
         )
+
+
+def _server(values: Values) -> None:
+    """Refuses settings under which a server's log-probabilities are not the policy's."""
+    tempered = values.get("objective.server_tempered")
+    if tempered is None:
+        return
+    for key, fine in (("temperature", (1.0,)), ("eval_temperature", (0.0, 1.0))):
+        value = values[f"objective.{key}"]
+        if not tempered and value not in fine:
+            raise RequestError(
+                f"{value:g} contradicts objective.server_tempered = False: the server's "
+                "log-probabilities are those of temperature 1; start vLLM with --logprobs-mode "
+                "processed_logprobs and set it to True",
+                key=f"objective.{key}",
+            )
+    for key, off in (("top_p", 1), ("top_k", 0)):
+        if tempered and values[f"objective.{key}"] != off:
+            raise RequestError(
+                "contradicts objective.server_tempered = True: the server's log-probabilities "
+                f"would be those of the narrowed choice; use {off}",
+                key=f"objective.{key}",
+            )
 
 
 def _learning(values: Values) -> None:

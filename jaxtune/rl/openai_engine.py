@@ -63,7 +63,7 @@ class OpenAIEngine:
     updates: int = 0
 
     def __post_init__(self):
-        refuse_unsavable(self.method)
+        refuse_unsavable(self.method, self.config)
         wrong = None
         if not isinstance(self.method, Lora) or self.method.variant == "dora":
             variant = getattr(self.method, "variant", self.method.name)
@@ -125,7 +125,7 @@ class OpenAIEngine:
 
     def _check_logprobs(self, sampling: Sampling) -> None:
         narrowed = sampling.top_p < 1 or sampling.top_k > 0
-        if not self.tempered and sampling.temperature != 1.0:
+        if not self.tempered and sampling.temperature not in (0.0, 1.0):
             raise RequestError(
                 f"the server gives log-probabilities of temperature 1, not {sampling.temperature}; "
                 "start vLLM with --logprobs-mode processed_logprobs and say so (tempered)",

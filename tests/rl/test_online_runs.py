@@ -12,6 +12,7 @@ import pytest
 
 import jaxtune
 from jaxtune.core.tree import flatten, unflatten
+from jaxtune.recipes.reference import base_of
 from jaxtune.rl.local_engine import LocalEngine
 from jaxtune.rl.rewards.scores import RewardError
 from jaxtune.rl.rollouts import SamplerMismatch
@@ -120,3 +121,29 @@ def test_a_reward_that_gives_nan_stops_the_run_or_drops_the_sample(data, tmp_pat
     assert 0 < row["dropped"] < 1
     # Dropped rows have no target: a row of the batch has at most 8.
     assert row["trained_tokens"] < 8 * 8 and jax.numpy.isfinite(row["loss"])
+
+
+def test_a_server_samples_in_the_place_of_the_trainers_arrays(data, tmp_path):
+    from jaxtune.recipes.assemble import load_parts
+    from jaxtune.recipes.build import build
+    from jaxtune.recipes.schema import resolve
+    from tests.rl.serving import TinyServer, serving
+
+    config = run_config(data, **SHORT | {"total_steps": 8})
+    plan = build(resolve(config))
+    params = load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, None)
+    held = TinyServer(plan.parts.config, base_of(plan.parts.config, params))
+    with serving(held) as url:
+        config["objective"] |= {
+            "engine": "openai",
+            "server": url,
+            "server_model": "base",
+            "server_directory": str(tmp_path / "adapters"),
+        }
+        result = jaxtune.train(config, tmp_path / "run")
+    asked = [path for path, _, _ in held.asked]
+    # Two iterations and an evaluation: each loads an adapter, and all but the last go again.
+    assert asked.count("/v1/load_lora_adapter") == 3 == asked.count("/v1/unload_lora_adapter") + 1
+    rows = [row for row in result.history if "reward" in row]
+    assert len(rows) == 8 and max(row["sampler_gap"] for row in rows) < 1e-5
+    assert rows[-1]["rollout_kl"] != 0 and "eval/reward" in result.history[-1]
