@@ -156,10 +156,14 @@ def examine(context: Context, number: int, span: Span) -> Chunk:
     if context.index is not None:
         plain = [ngrams.words_only(v.everything()) if v else "" for v in views]
         for hit in contamination.search(context.index, plain):
-            share = f"{int(hit.share)} words" if hit.kind == "contamination" else f"{hit.share:.0%}"
-            detail = f"{share} of {context.index.where(hit.item)}"
             out.items.setdefault(hit.kind, []).append((hit.text, hit.item))
-            out.flag(hit.kind, hit.text, detail, most, excerpt(views[hit.text].body(), 0, 0))
+            out.flag(
+                hit.kind,
+                hit.text,
+                context.index.told(hit),
+                most,
+                excerpt(views[hit.text].body(), 0, 0),
+            )
     return out
 
 
