@@ -149,9 +149,11 @@ def examine(context: Context, number: int, span: Span) -> Chunk:
     verdicts = judge(
         _to_render(context, out, number, examples), context.tokenizer, settings.seq_len
     )
+    # Documents are cut into windows, so that none is too long.
+    longest = None if settings.inputs[number].format == "text" else settings.seq_len
     for at, verdict in enumerate(verdicts):
         if verdict is not None:
-            _note(out, at, verdict, settings.seq_len, most)
+            _note(out, at, verdict, longest, most)
     _sign(out, views, examples, settings.near)
     if context.index is not None:
         plain = [ngrams.words_only(v.everything()) if v else "" for v in views]
