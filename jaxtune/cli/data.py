@@ -1,15 +1,16 @@
-"""`jaxtune data prepare`, `jaxtune data inspect` and `jaxtune data doctor`."""
+"""`jaxtune data`: prepare, inspect, doctor and teacher."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError, nearest
 
-ACTIONS = ("prepare", "inspect", "doctor")
+ACTIONS = ("prepare", "inspect", "doctor", "teacher")
 
 USAGE = """usage: jaxtune data ACTION [flags]
 
@@ -17,6 +18,7 @@ actions:
   prepare  writes a JSONL file as a TFDS dataset
   inspect  shows tokens in colour, with mask, role and segment
   doctor   looks for what is wrong with data: repeats, leaks, damage, lengths, personal data
+  teacher  writes what a model says of each target, for distillation
 
 example:
   jaxtune data prepare --source=jsonl:FILE --format=chat --out=datasets --name=mine
@@ -33,12 +35,10 @@ def run(argv: Sequence[str]) -> int:
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS)
         raise RequestError(
-            f"jaxtune data: expected prepare, inspect or doctor; got {action!r}{hint}"
+            f"jaxtune data: expected prepare, inspect, doctor or teacher; got {action!r}{hint}"
         )
-    if action == "doctor":
-        from jaxtune.cli import doctor
-
-        return doctor.run(rest)
+    if action in ("doctor", "teacher"):
+        return importlib.import_module(f"jaxtune.cli.{action}").run(rest)
     return _prepare(rest) if action == "prepare" else _inspect(rest)
 
 

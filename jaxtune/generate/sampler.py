@@ -177,7 +177,7 @@ def write(task: Task, rows: Sequence[Row]) -> list[Row]:
     queue = collections.deque((n, row) for n, same in enumerate(groups.values()) for row in same)
     run = programs(task.config, task.method)
     width = prompt_width(task.method, prompts)
-    count = min(bucket(len(rows), 1), bucket(task.slots, 1))
+    count = min(bucket(len(rows), 1), task.slots)
     part = max(1, count // PARTS)
     each = max(1, len(rows) // len(prompts))
     bank = min(bucket(-(-count // each), 1), bucket(len(prompts), 1))  # prompts read together

@@ -35,6 +35,7 @@ from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.retention import Retention, open_retention
 from jaxtune.recipes.runs import open_base
+from jaxtune.recipes.teacher import open_teacher, with_teacher
 from jaxtune.training.compile import (
     Layout,
     abstract_batch,
@@ -85,12 +86,17 @@ class Plan:
         """Returns what the run depends on, hashed: base weights, data, tokenizer."""
         tokenizer = self.base.tokenizer
         held_out = [f"{name}:{s.fingerprint()}" for name, s in self.data.evals.items()]
-        return {
+        found = {
             "base": self.base.fingerprint,
             "data": self.data.stream.fingerprint(),
             "evaluation data": " ".join(held_out) or None,
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
         }
+        if self.base.teacher is not None:
+            found["teacher"] = self.base.teacher.fingerprint
+        if self.data.teacher is not None:
+            found["teacher"] = self.data.teacher.digest
+        return found
 
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
@@ -103,6 +109,7 @@ class Plan:
             self.config.data.seq_len,
             {name: np.dtype(array.dtype) for name, array in one.items()},
             batch_sharding(self.mesh),
+            {name: array.shape[2:] for name, array in one.items()},
         )
         return self.layout.shapes, with_shardings(frozen, self.layout.frozen), batch
 
@@ -177,7 +184,10 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
     attention = choose_attention(config, mesh, platform, base, method)
     chosen = dataclasses.replace(base.config, attention=attention.name)
     base = dataclasses.replace(base, config=chosen)
-    return Model(base, plan_parts(base.config, method, mesh), attention)
+    parts = plan_parts(base.config, method, mesh)
+    if config.objective.get("teacher") is not None:
+        base, parts = with_teacher(base, parts, open_teacher(config, base), mesh)
+    return Model(base, parts, attention)
 
 
 def choose_attention(

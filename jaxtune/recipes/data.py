@@ -31,6 +31,7 @@ class Data:
         evals: {name: tokenised held-out source}.
         mismatched: of an objective that needs them, prompts with completions of other prompts, in
             the order of `stream` and `evals`.
+        teacher: what a teacher says of the targets, a `teacher_data.TopK`, where it is on disk.
     """
 
     stream: Stream
@@ -38,6 +39,7 @@ class Data:
     warmup_steps: int
     evals: dict[str, TokenStore | SharedStore]
     mismatched: Data | None = None
+    teacher: Any = None
 
 
 def open_store(

@@ -20,14 +20,18 @@ from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
+from jaxtune.recipes.against import compare
+from jaxtune.recipes.base import is_run
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
 
+BASE = "base"  # what a run was tuned from
 PAIRS = "preference"  # the format of data with two completions of each prompt
 
 
@@ -45,6 +49,7 @@ def evaluate(
     limit: int | None = None,
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
+    against: str | Path | None = None,
 ) -> dict[str, Any]:
     """Returns {"loss", "perplexity", "tokens", "examples", "accuracy", "tasks"}.
 
@@ -62,6 +67,8 @@ def evaluate(
             change the result.
         dtype: "bfloat16" or "float32"; by default the run's, or bfloat16.
         limit: the first so many examples of each source and task.
+        against: another model, or BASE for the run's own; "against" then tells the difference,
+            see `against.compare`.
         tasks, include_path: tasks of lm-evaluation-harness, and a directory with more of them.
 
     Raises:
@@ -90,6 +97,12 @@ def evaluate(
             return {"tasks": measured}
     if data is not None:
         stores = {data: open_one(lm, data, format, seq_len, "--data")}
+    elif run is not None and OBJECTIVES[run.objective.name].held_out is None:
+        raise RequestError(
+            f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
+            "loss give --data and --format",
+            key="--data",
+        )
     elif run is not None and run.data.eval:
         stores = {
             entry.name: open_one(
@@ -108,9 +121,23 @@ def evaluate(
         "examples": sum(len(store) for store in stores.values()),
         "tasks": measured,
     }
+    if against is not None:
+        other = base_of(lm, against, dtype)
+        report["against"] = compare(lm, other, stores, batch_size or 8)
     if len(results) > 1:
         report["sources"] = {name: result.means() for name, result in results.items()}
     return report
+
+
+def base_of(lm: LanguageModel, against: str | Path, dtype: str) -> LanguageModel:
+    """Returns the model to compare with: that of a directory, or what the run was tuned from."""
+    if str(against) != BASE:
+        return load(against, dtype=dtype, mesh=lm.mesh)
+    if lm.stand is not None:
+        return lm.use(None)
+    if is_run(Path(lm.source)) or lm.method.name == "base":
+        raise RequestError("the model is no run with a base on disk; name one", key="--against")
+    return load(lm.source, dtype=dtype, mesh=lm.mesh)
 
 
 def run_config(where: Path, config: Mapping[str, Any] | None) -> Any:

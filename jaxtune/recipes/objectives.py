@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import grpo, kto, ppo, preference, reward, sft
+from jaxtune.recipes import distill, grpo, kto, ppo, preference, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
+    "distill": distill.OBJECTIVE,
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
     "grpo": grpo.OBJECTIVE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
+from jaxtune.recipes.engines import open_engine, sampling_of
 from jaxtune.recipes.policy import observer
-from jaxtune.rl.engine import Engine, Sample, Sampling
+from jaxtune.rl.engine import Sample
 from jaxtune.rl.groups import Group, Prompt, Rounds, draw_varied, prompts_at, rows_of
-from jaxtune.rl.local_engine import LocalEngine
 from jaxtune.rl.rewards.scores import score
 from jaxtune.rl.rollouts import Iteration, Rollouts, Schedule, sampler_gap
 from jaxtune.training.feed import Source
@@ -80,24 +81,6 @@ def charged(o: Any, seen: Mapping[str, np.ndarray]) -> np.ndarray:
     return np.asarray(kl.ESTIMATES[o.kl_estimator](seen["logprobs"], seen["ref_logprobs"]))
 
 
-def sampling_of(plan: Any, temperature: float) -> Sampling:
-    """Returns how a run samples, at a temperature."""
-    o = plan.config.objective
-    return Sampling(
-        max_new_tokens=o.max_new_tokens,
-        temperature=temperature,
-        top_p=o.top_p,
-        top_k=o.top_k,
-        eos_ids=plan.base.tokenizer.eos_ids,
-        stop=o.stop,
-    )
-
-
-def open_engine(plan: Any) -> Engine:
-    """Returns what draws the samples of a run."""
-    return LocalEngine(plan.parts.config, plan.parts.method, plan.base.tokenizer.decode)
-
-
 def judged(
     plan: Any, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Sample]], shaped: bool = True
 ) -> list[Group]:
@@ -127,9 +110,11 @@ def judged(
         )
         total = np.where(found.dropped, np.nan, found.total)
         by_function = {name: values.tolist() for name, values in found.by_function.items()}
-        told = [total.tolist(), by_function, list(found.faults)]
+        told = [total.tolist(), by_function]
+        for fault in found.faults:
+            logging.getLogger("jaxtune").warning("%s", fault)
     # Callables need not be deterministic, so one process's scores are everybody's.
-    total, by_function, faults = processes.gather("rewards", told)[0]
+    total, by_function = processes.gather("rewards", told)[0]
     total = np.array(total, np.float64)
     if shaped and o.overlong:
         lengths = np.array([len(sample.ids) for _, sample in flat])
@@ -138,8 +123,7 @@ def judged(
     for prompt, some in zip(prompts, drawn, strict=True):
         mine = slice(at, at + len(some))
         scores = {name: np.array(values[mine], np.float64) for name, values in by_function.items()}
-        told = faults if at == 0 else ()
-        groups.append(Group(prompt, some, texts[mine], total[mine], scores, told))
+        groups.append(Group(prompt, some, texts[mine], total[mine], scores))
         at += len(some)
     return groups
 
@@ -295,7 +279,6 @@ def shown(groups: Sequence[Group]) -> list[dict[str, Any]]:
                 "rewards": scores,
                 "tokens": len(group.samples[0].ids),
                 "finished": group.samples[0].finished,
-                **({"faults": list(group.faults)} if group.faults else {}),
             }
         )
     return out
@@ -323,7 +306,14 @@ def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
 
 
 SAMPLED = ("reward", "reward/std", "length", "truncated", "dropped")
-FED = ("iteration", "zero_variance", "sampler_gap", "sampler_gap/max", "sampling_seconds")
+FED = (
+    "iteration",
+    "zero_variance",
+    "sampler_gap",
+    "sampler_gap/max",
+    "sampler_gap/k3",
+    "sampling_seconds",
+)
 
 
 def names(plan: Any) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
+from jaxtune.recipes.language_model import load
 from jaxtune.rl.rewards.named import build_rewards
 from jaxtune.rl.rewards.reward import Reward, check_columns
 
@@ -36,9 +38,11 @@ class PromptData(Data):
 
     Attributes:
         rewards: what completions are scored by.
+        kept: what is made once for rollouts and evaluations: the engine.
     """
 
     rewards: tuple[Reward, ...] = ()
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
@@ -48,7 +52,8 @@ def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
         RequestError: a record is malformed or too long, a source is empty, a reward cannot be
             found or lacks a field of the records.
     """
-    rewards = build_rewards(config.objective.to_dict()["rewards"])
+    entries = config.objective.to_dict()["rewards"]
+    rewards = build_rewards(entries, load_model=functools.partial(load, dtype=config.model.dtype))
     if base.tokenizer is None:
         raise RequestError(
             "missing: rewards read the completions as text, which needs a tokenizer",
@@ -75,7 +80,7 @@ def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
     steps = config.total_steps
     ratio = round(config.optim.get("warmup_ratio", 0.0) * steps)
     warmup = config.optim.get("warmup_steps", ratio)
-    return PromptData(stream, Budget(steps), warmup, evals, rewards)
+    return PromptData(stream, Budget(steps), warmup, evals, rewards=rewards)
 
 
 def open_one(entry: Any, config: Any, base: Base, num_virtual: int, key: str) -> PromptStore:

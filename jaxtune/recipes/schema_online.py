@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes.schema_key import Key
+from jaxtune.recipes.schema_key import REQUIRED, Key
 
 VARIANTS = ("grpo", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++")
 ADVANTAGES = (
@@ -20,6 +20,8 @@ _GRPO = ((_NAME, ("grpo",)),)
 _PPO = ((_NAME, ("ppo",)),)
 _VARIED = (*_GRPO, ("objective.variant", VARIANTS))
 _EITHER = (*_ONLINE, ("objective.variant", VARIANTS))
+_LOCAL = (*_ONLINE, ("objective.engine", ("local",)))
+_SERVER = (*_ONLINE, ("objective.engine", ("openai",)))
 
 ONLINE: tuple[Key, ...] = (
     Key("objective.prompts", "int", 8, "prompts of an iteration", low=1, used_by=_ONLINE),
@@ -74,6 +76,50 @@ ONLINE: tuple[Key, ...] = (
         "nats a token that sampler and trainer may be apart on average; beyond, the run stops",
         above=0,
         used_by=_ONLINE,
+    ),
+    Key(
+        "objective.engine",
+        "choice",
+        "local",
+        "what samples: the arrays that are trained, or a server of the OpenAI protocol",
+        choices=("local", "openai"),
+        used_by=_ONLINE,
+    ),
+    Key(
+        "objective.slots",
+        "int",
+        64,
+        "most completions that are written side by side, which sizes the cache",
+        low=1,
+        used_by=_LOCAL,
+    ),
+    Key(
+        "objective.server",
+        "text",
+        REQUIRED,
+        "root of the server, such as http://127.0.0.1:8000",
+        used_by=_SERVER,
+    ),
+    Key(
+        "objective.server_model",
+        "text",
+        REQUIRED,
+        "name by which the server knows the base model",
+        used_by=_SERVER,
+    ),
+    Key(
+        "objective.server_directory",
+        "text",
+        REQUIRED,
+        "where adapters are written for the server, which sees it under the same path",
+        used_by=_SERVER,
+    ),
+    Key(
+        "objective.server_tempered",
+        "bool",
+        False,
+        "the server's log-probabilities have the temperature in them (vLLM: processed_logprobs)",
+        used_by=_SERVER,
     ),
     Key(
         "objective.eval_samples",

@@ -34,6 +34,7 @@ def apply(values: Values, given: Mapping[str, Any]) -> Values:
     _model(values)
     _peft(values)
     _data(values)
+    _teacher(values)
     _length(values)
     _optim(values)
     _mesh(values, given)
@@ -134,6 +135,22 @@ def _data(values: Values) -> None:
         )
     values["data.eval"] = _named(held_out, "data.eval")
     values["retention.data"] = _named(values["retention.data"], "retention.data")
+
+
+def _teacher(values: Values) -> None:
+    if values["objective.name"] != "distill":
+        return
+    teacher, stored = values["objective.teacher"], values["objective.teacher_data"]
+    if (teacher is None) == (stored is None):
+        problem = "missing: give a model, or" if teacher is None else "contradicts"
+        raise RequestError(
+            f"{problem} objective.teacher_data, what one said on disk", key="objective.teacher"
+        )
+    if stored is not None and values["objective.teacher_quantize"] != "none":
+        raise RequestError(
+            "contradicts objective.teacher_data: no teacher is loaded",
+            key="objective.teacher_quantize",
+        )
 
 
 def _named(entries: tuple[dict[str, Any], ...], key: str) -> tuple[dict[str, Any], ...]:

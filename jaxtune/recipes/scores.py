@@ -63,7 +63,7 @@ def target_side(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
-    """Returns values [B, T] of `Predictions` at the tokens' own places; 0 at a row's first.
+    """Returns values [B, T, …] of `Predictions` at the tokens' own places; 0 at a row's first.
 
     Args:
         values: one of the arrays of a `Predictions`.
@@ -74,7 +74,7 @@ def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
     shards = sequence_shards()
     if shards > 1:
         values = values[:, np.argsort(zigzag(values.shape[1], shards))]
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (values.ndim - 2)))
 
 
 def predicting_places(branches: jax.Array) -> jax.Array:

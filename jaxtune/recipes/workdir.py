@@ -98,6 +98,7 @@ def check_fingerprints(
         "data": "data.train",
         "evaluation data": "data.eval",
         "tokenizer": "model.tokenizer",
+        "teacher": "objective.teacher",
     }
     for name, value in now.items():
         if saved.get(name) != value and not allow_change:

@@ -40,7 +40,6 @@ class Group:
         texts: [n], as rewards saw them.
         rewards: float64 [n], the total; NaN: the sample is left out.
         by_function: {reward: float64 [n]}, before weighting; NaN: no score.
-        faults: what went wrong with rewards, a line each.
     """
 
     prompt: Prompt
@@ -48,7 +47,6 @@ class Group:
     texts: Sequence[str]
     rewards: np.ndarray
     by_function: Mapping[str, np.ndarray]
-    faults: Sequence[str] = ()
 
 
 # (prompts, seed of the draws) → their groups, in order

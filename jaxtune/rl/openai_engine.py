@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import math
+import secrets
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,8 @@ class OpenAIEngine:
         tempered: whether the server's log-probabilities are those behind the temperature and the
             narrowing (vLLM's `--logprobs-mode processed_logprobs`) or, its default, those before.
         concurrency: requests under way at a time, one a prompt.
-        name: of the adapters; the n-th is NAME-n.
+        name: of the adapters; the n-th is NAME-n. A run that is continued takes another by default,
+            for the server may still hold those of before.
         updates: how many there were.
     """
 
@@ -57,7 +59,7 @@ class OpenAIEngine:
     directory: Path
     tempered: bool = False
     concurrency: int = 16
-    name: str = "jaxtune-policy"
+    name: str = dataclasses.field(default_factory=lambda: f"jaxtune-{secrets.token_hex(4)}")
     updates: int = 0
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxtune.data.batches import Batch
 from jaxtune.rl.groups import Group
+from jaxtune.rl.mismatch import mismatch
 from jaxtune.training.state import TrainState
 
 HELD, TOLD, CARRIED = "rows", "metrics", "carried"  # in a checkpoint: HELD/input_ids, …
@@ -166,7 +167,7 @@ def _restored(part: str, saved: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
 def sampler_gap(
     sampled: np.ndarray, trained: np.ndarray, inside: np.ndarray, limit: float
 ) -> dict[str, float]:
-    """Returns {"sampler_gap", "sampler_gap/max"}, nats: how far two log-probabilities are apart.
+    """Returns how far two log-probabilities are apart: see `mismatch`, whose mean is `sampler_gap`.
 
     The mean is what is bounded: in bfloat16 single tokens differ by more without any fault.
 
@@ -180,9 +181,9 @@ def sampler_gap(
         SamplerMismatch: past the limit (CORRECTNESS C18, C25).
     """
     if not inside.any():
-        return {"sampler_gap": 0.0, "sampler_gap/max": 0.0}
-    gap = np.abs(sampled - trained)[inside].astype(np.float64)
-    mean = float(gap.mean())
+        return {"sampler_gap": 0.0, "sampler_gap/max": 0.0, "sampler_gap/k3": 0.0}
+    found = mismatch(sampled, trained, inside)
+    mean = found["mean"]
     # Where the trainer's are not finite, the loss is not either, and the loop says which step.
     if np.isfinite(trained[inside]).all() and not mean <= limit:
         ours, its = float(trained[inside].mean()), float(sampled[inside].mean())
@@ -192,4 +193,4 @@ def sampler_gap(
             f"objective.max_logprob_gap = {limit:g}; the sampler has other weights, another "
             "temperature or a lower precision"
         )
-    return {"sampler_gap": mean, "sampler_gap/max": float(gap.max())}
+    return {"sampler_gap": mean, "sampler_gap/max": found["max"], "sampler_gap/k3": found["k3"]}

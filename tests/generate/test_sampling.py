@@ -98,6 +98,22 @@ def test_settings_are_runtime_values():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 17, 300])
+def test_a_draw_inverts_the_cumulative_distribution(count):
+    """Frequencies of many draws, with weights of 0 between and far from each other in size."""
+    draws = 20_000
+    weights = np.exp(RNG.normal(0, 2, count)) * (np.arange(count) % 3 != 1)
+    uniform = jax.random.uniform(jax.random.key(count), (draws, 2))
+    rows = jnp.broadcast_to(jnp.asarray(weights, jnp.float32), (draws, count))
+    found = np.bincount(np.asarray(sampling.invert(rows, uniform)), minlength=count) / draws
+    wanted = weights / weights.sum()
+    assert found.shape == wanted.shape and np.all(found[weights == 0] == 0)
+    assert np.all(np.abs(found - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / draws) + 1e-9)
+    ends = jnp.asarray([[0.0, 0.0], [1.0, 1.0]]) * (1 - 2.0**-23)
+    first, last = np.asarray(sampling.invert(rows[:2], ends))
+    assert weights[first] > 0 and weights[last] > 0
+
+
 def test_keys_belong_to_seed_row_and_step():
     data = jax.random.key_data
     all_rows = data(row_keys(7, 0, 6))

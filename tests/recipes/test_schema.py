@@ -220,6 +220,7 @@ def test_defaults_of_each_choice_are_valid_and_resolving_is_idempotent(
     assert resolve(json.loads(json.dumps(resolved.to_dict()))) == resolved
     for key in KEYS:
         uses = {"peft.method": method, "optim.name": optimizer, "optim.schedule": schedule}
+        uses["objective.name"] = "sft"
         expected = all(uses.get(path, "vocab") in ok for path, ok in key.used_by)
         section, _, name = key.path.rpartition(".")
         present = name in (resolved[section] if section else resolved)

@@ -30,10 +30,8 @@ SHORT = {"total_steps": 4, "eval__every_steps": None, "checkpoint__every_steps":
 
 def nan_for_b(prompts: list[str], completions: list[str]) -> list[float]:
     """Fails on prompts that end with b."""
-    return [
-        float("nan") if p.endswith("b") else float(len(c))
-        for p, c in zip(prompts, completions, strict=True)
-    ]
+    pairs = zip(prompts, completions, strict=True)
+    return [float("nan") if p.endswith("b") else float(len(text)) for p, text in pairs]
 
 
 @pytest.fixture(scope="module")

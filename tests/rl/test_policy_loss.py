@@ -16,7 +16,9 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import online
+from jaxtune.recipes.base import BASE
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reference import base_of
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.step import mean_loss, summed_gradients
 from tests.correctness.small import CONFIG, small
@@ -39,7 +41,11 @@ def objective_of(case: str, tmp: Any) -> Any:
     if case in ("grpo", "dapo", "ppo"):
         changes |= {"objective__entropy_coef": 0.02, "objective__clip_dual": 1.5}
     if case in ("grpo", "dr_grpo"):
-        changes |= {"objective__kl_coef": 0.1, "objective__kl_estimator": "k3"}
+        exact = case == "dr_grpo"
+        changes |= {
+            "objective__kl_coef": 0.1,
+            "objective__kl_estimator": "exact" if exact else "k3",
+        }
     return resolve(
         run_config(tmp, name, objective__temperature=HEAT, objective__max_new_tokens=NEW, **changes)
     )
@@ -85,6 +91,12 @@ def expected_loss(case: str, config: Any, batch: dict, model: Any) -> float:
     logits = np.asarray(decoder.logits(*arguments, hidden), np.float64) / HEAT
     values = np.asarray(decoder.scores(*arguments, hidden)) if case == "ppo" else None
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    if o.kl_estimator == "exact":
+        base = (model.parts.config, BASE, base_of(model.parts.config, model.params))
+        logq = np.asarray(
+            decoder.logits(*base, decoder.hidden_states(*base, batch).states), np.float64
+        )
+        logq = logq / HEAT - np.log(np.exp(logq / HEAT).sum(-1, keepdims=True))
     sequences, entropies, errors = [], [], []
     for row, (prompt, new) in enumerate(LENGTHS):
         if not new:
@@ -106,7 +118,10 @@ def expected_loss(case: str, config: Any, batch: dict, model: Any) -> float:
             loss = -min(ratio * advantage, held * advantage)
             if o.clip_dual is not None and advantage < 0:
                 loss = min(loss, -o.clip_dual * advantage)
-            if o.kl_coef and o.kl_in == "loss":
+            if o.kl_estimator == "exact":
+                p = np.exp(logp[row, t - 1])
+                loss += o.kl_coef * (p * (logp[row, t - 1] - logq[row, t - 1])).sum()
+            elif o.kl_coef and o.kl_in == "loss":
                 v = batch["ref_logprobs"][row, t] - logp[row, t - 1, batch["input_ids"][row, t]]
                 loss += o.kl_coef * (math.exp(v) - 1 - v)
             losses.append(loss)
