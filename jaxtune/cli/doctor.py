@@ -74,7 +74,7 @@ def _parser() -> arguments.Parser:
     add("--tokenizer", metavar="DIR", help="directory with the tokenizer")
     add("--model", metavar="DIR", help="the same: a model's directory or a run's workdir")
     add("--template", metavar="FILE", help="chat template in place of its own")
-    add("--seq_len", type=arguments.positive, help="tokens a row")
+    add("--seq_len", type=_seq_len, help="tokens a row")
     add(
         "--against",
         metavar="NAME=SOURCE[:FIELD]",
@@ -90,7 +90,11 @@ def _parser() -> arguments.Parser:
     add("--fix_kinds", metavar="KIND,…", help="what --fix cleans (all that can be)")
     add("--json", metavar="FILE", help="writes the report")
     add("--html", metavar="FILE", help="writes the report as a page")
-    add("--workers", type=arguments.positive, help="processes (one for each core)")
+    add(
+        "--workers",
+        type=arguments.positive,
+        help="processes (one for each core; one for little data)",
+    )
     return parser
 
 
@@ -125,6 +129,16 @@ def _settings(args: argparse.Namespace, split: arguments.Split) -> Settings:
         groups=_groups(args.groups) if args.groups else GROUPS,
         workers=args.workers,
     )
+
+
+def _seq_len(text: str) -> int:
+    value = arguments.positive(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError(f"expected an integer ≥ 2; got {text}")
+    return value
+
+
+_seq_len.__name__ = "integer"
 
 
 def _inputs(sources: Sequence[str], formats: Sequence[str]) -> tuple[Input, ...]:

@@ -33,5 +33,6 @@ def of_config(config: Any) -> dict[str, Any]:
         "inputs": tuple(inputs),
         "tokenizer": tokenizer,
         "template": data.template,
-        "seq_len": data.seq_len,
+        # A prompt that completions are sampled for must leave room for them.
+        "seq_len": data.max_prompt if "max_prompt" in data and data.max_prompt else data.seq_len,
     }

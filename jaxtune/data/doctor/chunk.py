@@ -149,17 +149,23 @@ def examine(context: Context, number: int, span: Span) -> Chunk:
     verdicts = judge(
         _to_render(context, out, number, examples), context.tokenizer, settings.seq_len
     )
+    # Documents are cut into windows, so that none is too long.
+    longest = None if settings.inputs[number].format == "text" else settings.seq_len
     for at, verdict in enumerate(verdicts):
         if verdict is not None:
-            _note(out, at, verdict, settings.seq_len, most)
+            _note(out, at, verdict, longest, most)
     _sign(out, views, examples, settings.near)
     if context.index is not None:
         plain = [ngrams.words_only(v.everything()) if v else "" for v in views]
         for hit in contamination.search(context.index, plain):
-            share = f"{int(hit.share)} words" if hit.kind == "contamination" else f"{hit.share:.0%}"
-            detail = f"{share} of {context.index.where(hit.item)}"
             out.items.setdefault(hit.kind, []).append((hit.text, hit.item))
-            out.flag(hit.kind, hit.text, detail, most, excerpt(views[hit.text].body(), 0, 0))
+            out.flag(
+                hit.kind,
+                hit.text,
+                context.index.told(hit),
+                most,
+                excerpt(views[hit.text].body(), 0, 0),
+            )
     return out
 
 

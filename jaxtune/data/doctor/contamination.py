@@ -29,7 +29,13 @@ _FORM = ("question", "passage", "answer", "q", "a")
 
 
 class Hit(NamedTuple):
-    """A text that holds an item: of which kind, which item, and the share of its n-grams."""
+    """A text that holds an item.
+
+    Attributes:
+        kind: of finding.
+        text, item: which.
+        share: of the item's words that stand in shared runs, or of its 3-grams.
+    """
 
     kind: str
     text: int
@@ -49,6 +55,7 @@ class Index:
         run_hash, run_item: uint64 and int32 [runs], sorted by hash, one item each.
         part_hash, part_item: uint64 and int32 [parts], sorted by hash, up to ten items each.
         parts: int32 [items], different 3-grams of an item; 0 where it has too few.
+        words: int32 [items], words of an item.
         skipped: items with fewer than five words, which are not looked for.
     """
 
@@ -61,7 +68,15 @@ class Index:
     part_hash: np.ndarray
     part_item: np.ndarray
     parts: np.ndarray
+    words: np.ndarray
     skipped: int
+
+    def told(self, hit: Hit) -> str:
+        """Returns what was found, in words."""
+        size, where = int(self.words[hit.item]), self.where(hit.item)
+        if hit.kind == "contamination":
+            return f"{round(hit.share * size)} of {size} words of {where}"
+        return f"{hit.share:.0%} of the 3-grams of {where}"
 
     def where(self, item: int) -> str:
         """Returns the name of the set and the line of an item."""
@@ -138,6 +153,7 @@ def _indexed(names: list[str], texts: list[str], set_of: list[int], lines: list[
         part_hash=part_hash,
         part_item=part_item.astype(np.int32),
         parts=parts,
+        words=counts.astype(np.int32),
         skipped=int(np.count_nonzero(counts < SHORTEST)),
     )
 
@@ -171,10 +187,13 @@ def _runs(index: Index, words: Words) -> list[Hit]:
         at = np.searchsorted(index.run_hash, hashes)
         at[at == len(index.run_hash)] = 0
         same = index.run_hash[at] == hashes if len(index.run_hash) else np.zeros(len(at), bool)
-        for number, item in zip(
-            text[same].tolist(), index.run_item[at[same]].tolist(), strict=True
-        ):
-            best.setdefault(number, Hit("contamination", number, item, n))
+        key = text[same] * len(index.words) + index.run_item[at[same]]
+        for pair, count in zip(*np.unique(key, return_counts=True), strict=True):
+            number, item = divmod(int(pair), len(index.words))
+            size = int(index.words[item])
+            share = min(int(count) + n - 1, size) / size
+            if number not in best or share > best[number].share:
+                best[number] = Hit("contamination", number, item, share)
     return list(best.values())
 
 

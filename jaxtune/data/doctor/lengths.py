@@ -60,3 +60,17 @@ def fit(lengths: np.ndarray, seq_len: int) -> dict[str, Any]:
         "packed_rows": rows * step,
         "packing_efficiency": round(float(sample.sum()) / max(rows * seq_len, 1), 4),
     }
+
+
+def windows(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Returns the lengths of the windows that documents are cut into, int [windows].
+
+    Each begins with the last token of the one before, as in `store.tokenize`.
+
+    >>> windows(np.array([5, 9]), 4).tolist()
+    [4, 2, 4, 4, 3]
+    """
+    steps = np.maximum(1, -(-(lengths - 1) // (seq_len - 1)))
+    out = np.full(int(steps.sum()), seq_len, lengths.dtype)
+    out[np.cumsum(steps) - 1] = lengths - (steps - 1) * (seq_len - 1)
+    return out

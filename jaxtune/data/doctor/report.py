@@ -110,7 +110,10 @@ def _lengths(found: Diagnosis, number: int) -> dict[str, Any]:
         targets = found.targets[part]
         out["targets"] = lengths.describe(targets[targets > 0])
         if found.settings.seq_len is not None:
-            out["fit"] = lengths.fit(tokens, found.settings.seq_len)
+            seq_len = found.settings.seq_len
+            documents = found.settings.inputs[number].format == "text"
+            rows = lengths.windows(tokens, seq_len) if documents else tokens
+            out["fit"] = lengths.fit(rows, seq_len)
     return out
 
 

@@ -121,6 +121,21 @@ def test_lengths_are_those_of_the_tokenizer(doctor, directory, tmp_path):
     assert lost <= {i + 1 for i in np.flatnonzero(prompts >= 99)}
 
 
+def test_documents_are_cut_into_windows_as_in_training(doctor, directory, tmp_path):
+    from jaxtune.data.sources import open_source
+    from jaxtune.data.store import tokenize
+
+    rows = [{"text": "the cat sat on the mat " * i} for i in range(1, 30)]
+    path = put(tmp_path / "t.jsonl", rows)
+    report = doctor(path, "text", tokenizer=str(directory), seq_len=32)
+    store = tokenize(open_source(f"jsonl:{path}"), "text", load_tokenizer(directory), seq_len=32)
+    assert lines_of(report, "overlong") == set()
+    fit = report["lengths"]["train"]["fit"]
+    assert fit["tokens_cut"] == 0
+    full = 1 - store.lengths.sum() / (32 * len(store))
+    assert fit["padding_share"] == pytest.approx(full, abs=1e-4)
+
+
 def test_a_histogram_holds_every_row():
     values = np.array([3, 3, 4, 10, 500, 501, 100_000])
     found = lengths.describe(values)
