@@ -197,7 +197,7 @@ def page(
     """Returns docs/harness.md."""
     from importlib import metadata
 
-    from jaxtune.recipes.train import versions
+    from jaxtune.recipes.versions import versions
 
     facts = {
         "date": datetime.date.today().isoformat(),

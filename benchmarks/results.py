@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def facts(options: argparse.Namespace) -> dict[str, str]:
     """Returns what the figures were made with."""
-    from jaxtune.recipes.train import versions
+    from jaxtune.recipes.versions import versions
 
     command = ["python -m benchmarks.results", *(["--quick"] if options.quick else [])]
     if options.methods != ",".join(METHODS):

@@ -212,7 +212,7 @@ HEADER = (
 
 def page(body: str, argv: Sequence[str], options: argparse.Namespace) -> str:
     """Returns docs/performance.md."""
-    from jaxtune.recipes.train import versions
+    from jaxtune.recipes.versions import versions
 
     facts = {
         "date": datetime.date.today().isoformat(),

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxtune.checkpoints import s3
+from jaxtune.checkpoints.pareto import Aims, KeepFront, Point, larger_is_better, points_of
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import is_remote
 from jaxtune.core.tree import flatten, unflatten
@@ -44,6 +45,7 @@ class RunCheckpoints:
         directory: where the steps lie.
         keep: newest checkpoints to keep.
         best: name of the metric by which one more is kept, or None; see `larger_is_better`.
+        aims: names of two metrics; what no other checkpoint beats in both is kept. None: off.
         async_save: write in the background.
         reading: only look: nothing is made or cleaned up, so that a run which is being trained
             can be used, and a refused request leaves everything as it was.
@@ -56,12 +58,14 @@ class RunCheckpoints:
         best: str | None = None,
         async_save: bool = True,
         *,
+        aims: Aims | None = None,
         reading: bool = False,
     ):
         remote = is_remote(directory)
         if str(directory).startswith(s3.S3):
             s3.teach_orbax()
         self.directory, self.best = directory if remote else Path(directory).absolute(), best
+        self.aims = aims
         self.saving: int | None = None
         alone = {}
         if reading and jax.process_count() > 1:
@@ -72,7 +76,7 @@ class RunCheckpoints:
             )
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=async_save and not alone,
-            preservation_policy=preservation(keep, best),
+            preservation_policy=preservation(keep, best, aims),
             # A store cannot rename a directory; a file in it says that it is whole.
             temporary_path_class=ocp.path.atomicity.CommitFileTemporaryPath if remote else None,
             create=not reading,
@@ -105,7 +109,7 @@ class RunCheckpoints:
             step: steps done.
             model, state: trees of arrays.
             meta: JSON values.
-            metrics: of the last evaluation, for `best`; empty if there was none.
+            metrics: of the last evaluation, for `best` and `aims`; empty if there was none.
             feed: {path: array}, whole on every device; empty or None where there is nothing.
 
         Raises:
@@ -125,7 +129,7 @@ class RunCheckpoints:
                     state=ocp.args.StandardSave(named(state)),
                     meta=ocp.args.JsonSave({**meta, "metrics": dict(metrics)}),
                 ),
-                metrics=dict(metrics) if self.best in metrics else None,
+                metrics=dict(metrics) if self.best in metrics or self.aims else None,
                 force=True,
             )
 
@@ -140,6 +144,10 @@ class RunCheckpoints:
         if not known:
             return self.latest()
         return (max if larger_is_better(self.best) else min)(known, key=known.get)
+
+    def points(self) -> dict[int, Point]:
+        """Returns {step: point} of the checkpoints that were measured by both aims."""
+        return points_of({step: self.meta(step)["metrics"] for step in self.steps()}, self.aims)
 
     def steps(self) -> list[int]:
         """Returns the whole steps, in order."""
@@ -270,19 +278,22 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def preservation(keep: int, best: str | None) -> Any:
-    """Returns the Orbax policy: the newest `keep`, with the best one by the metric."""
+def preservation(keep: int, best: str | None, aims: Aims | None) -> Any:
+    """Returns the Orbax policy: the newest `keep`, the best one by the metric, the aims' front."""
     policies = ocp.checkpoint_managers.preservation_policy
-    latest = policies.LatestN(n=keep)
-    if best is None:
-        return latest
-    by_metric = policies.BestN(
-        get_metric_fn=lambda metrics: metrics[best],
-        n=1,
-        reverse=not larger_is_better(best),
-        keep_checkpoints_without_metrics=False,
-    )
-    return policies.AnyPreservationPolicy([latest, by_metric])
+    kept: list[Any] = [policies.LatestN(n=keep)]
+    if best is not None:
+        kept.append(
+            policies.BestN(
+                get_metric_fn=lambda metrics: metrics[best],
+                n=1,
+                reverse=not larger_is_better(best),
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    if aims is not None:
+        kept.append(KeepFront(aims))
+    return policies.AnyPreservationPolicy(kept) if len(kept) > 1 else kept[0]
 
 
 def forget(error: Exception) -> None:
@@ -298,11 +309,6 @@ def forget(error: Exception) -> None:
         gc.collect()
     finally:
         sys.unraisablehook = hook
-
-
-def larger_is_better(metric: str) -> bool:
-    """Tells whether a metric is one to raise; losses and perplexities are to fall."""
-    return metric.endswith(("accuracy", "reward"))
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -1,25 +1,29 @@
-"""`jaxtune data prepare` and `jaxtune data inspect`."""
+"""`jaxtune data`: prepare, inspect, doctor and teacher."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError, nearest
 
-ACTIONS = ("prepare", "inspect")
+ACTIONS = ("prepare", "inspect", "doctor", "teacher")
 
 USAGE = """usage: jaxtune data ACTION [flags]
 
 actions:
   prepare  writes a JSONL file as a TFDS dataset
   inspect  shows tokens in colour, with mask, role and segment
+  doctor   looks for what is wrong with data: repeats, leaks, damage, lengths, personal data
+  teacher  writes what a model says of each target, for distillation
 
 example:
   jaxtune data prepare --source=jsonl:FILE --format=chat --out=datasets --name=mine
-  jaxtune data inspect --source=jsonl:FILE --format=chat --model=MODEL_DIR"""
+  jaxtune data inspect --source=jsonl:FILE --format=chat --model=MODEL_DIR
+  jaxtune data doctor --data=jsonl:FILE --format=chat --model=MODEL_DIR --html=report.html"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -30,7 +34,11 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS)
-        raise RequestError(f"jaxtune data: expected prepare or inspect; got {action!r}{hint}")
+        raise RequestError(
+            f"jaxtune data: expected prepare, inspect, doctor or teacher; got {action!r}{hint}"
+        )
+    if action in ("doctor", "teacher"):
+        return importlib.import_module(f"jaxtune.cli.{action}").run(rest)
     return _prepare(rest) if action == "prepare" else _inspect(rest)
 
 
@@ -151,8 +159,14 @@ def _store(args: argparse.Namespace) -> tuple[Any, Any]:
     from jaxtune.data.store import tokenize
 
     tokenizer = None if args.model is None else _tokenizer(args.model, args.template)
+    source = open_source(args.source, "--source")
+    if args.format == "prompt":
+        from jaxtune.data.prompts import Prompts, read_prompts
+
+        prompts = read_prompts(source, tokenizer, max_prompt=args.seq_len, key="--source")
+        return Prompts((prompts,), shuffle=False), tokenizer
     store = tokenize(
-        open_source(args.source, "--source"),
+        source,
         args.format,
         tokenizer,
         seq_len=args.seq_len,
@@ -174,6 +188,8 @@ def _stream(config: Any) -> tuple[Any, Any]:
     needs = any(entry.format != "tokens" for entry in data.train)
     tokenizer = _tokenizer(directory, data.template) if directory and needs else None
     virtual = _virtual(config) if config.peft.method == "prompt" else 0
+    if any(entry.format == "prompt" for entry in data.train):
+        return _prompts(config, virtual), tokenizer
     stores = [
         tokenize(
             open_source(entry.source, f"data.train[{i}].source"),
@@ -200,6 +216,24 @@ def _stream(config: Any) -> tuple[Any, Any]:
         num_virtual=virtual,
     )
     return stream, tokenizer
+
+
+def _prompts(config: Any, virtual: int) -> Any:
+    """Returns the prompts of a config, in the order in which a run takes them."""
+    from jaxtune.data.prompts import Prompts
+    from jaxtune.recipes.prompt_data import open_one
+    from jaxtune.recipes.runs import open_base
+
+    data, base = config.data, open_base(config.model, config.seed, config.data.template)
+    return Prompts(
+        tuple(
+            open_one(entry, config, base, virtual, f"data.train[{i}]")
+            for i, entry in enumerate(data.train)
+        ),
+        tuple(entry.weight for entry in data.train),
+        shuffle=data.shuffle,
+        seed=config.seed,
+    )
 
 
 def _virtual(config: Any) -> int:

@@ -18,6 +18,7 @@ def run(argv: Sequence[str]) -> int:
         "Measures loss and perplexity of a model on data, or runs tasks of lm-evaluation-harness.",
         """jaxtune eval --model=runs/first --data=jsonl:FILE --format=chat --json
            jaxtune eval --workdir=runs/first
+           jaxtune eval --model=runs/first --data=jsonl:FILE --format=chat --against=base
            jaxtune eval --model=MODEL_DIR --tasks=arc_easy --limit=100 --json""",
     )
     arguments.add_source(parser)
@@ -26,6 +27,11 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--seq_len", type=arguments.positive, help="tokens in a row")
     parser.add_argument("--batch_size", type=arguments.positive, help="sequences at a time")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the computation")
+    parser.add_argument(
+        "--against",
+        metavar="DIR|base",
+        help="another model, or the run's own base: the rise of the loss, with its interval",
+    )
     parser.add_argument("--tasks", metavar="NAME,…", help="tasks of lm-evaluation-harness")
     parser.add_argument("--include_path", metavar="DIR", help="directory of more tasks")
     parser.add_argument("--limit", type=arguments.positive, help="examples of each source or task")
@@ -81,6 +87,8 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
         raise RequestError("needs --data=SOURCE --format=FORMAT, or --tasks=NAME", key="--model")
     if args.include_path is not None and args.tasks is None:
         raise RequestError("needs --tasks=NAME", key="--include_path")
+    if args.against is not None and args.tasks is not None and args.data is None:
+        raise RequestError("compares losses: give --data=SOURCE", key="--against")
     if args.data is not None:
         from jaxtune.recipes.schema_keys import EVAL_ENTRY
         from jaxtune.recipes.schema_values import check

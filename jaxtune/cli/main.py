@@ -17,8 +17,9 @@ VERBS = {
     "generate": "completes prompts; --chat talks in the terminal",
     "export": "writes weights or adapter for other tools",
     "plan": "memory, time and money of a config before it runs",
-    "data": "prepare (JSONL to TFDS dataset), inspect (tokens with their masks)",
+    "data": "prepare (JSONL to TFDS dataset), inspect (tokens, masks), doctor (faults)",
     "sweep": "runs a config's trials and ranks them",
+    "diff": "what differs between two runs",
     "quickstart": "the whole story on built-in data in a few minutes",
 }
 

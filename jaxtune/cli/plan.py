@@ -142,6 +142,9 @@ def _compiled_rows(compiled: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     for kind, row in (compiled["collectives"] or {}).items():
         out.append((f"  {kind}", f"{row['count']:,} × a step, {gib(row['bytes'])}"))
+    if compiled["uncounted_loops"]:
+        said = f"{compiled['uncounted_loops']}, what is inside is counted once"
+        out.append(("  loops as the data say", said))
     return out
 
 

@@ -14,6 +14,7 @@ A batch key of these stands on every token that it belongs to, 0 elsewhere:
 - `margin` float32: of the pair, on its targets; 0 in ranked lists.
 - `label` float32: of an unpaired completion on its targets, of a step on its last token.
 - `ref_logprobs` float32: the token's log-probability under the reference; see `with_column`.
+- `teacher_rows` int32: where a table of a teacher's has the target, from 1; not for the model.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ DTYPES: Mapping[str, type] = {
     "margin": np.float32,
     "label": np.float32,
     "ref_logprobs": np.float32,
+    "teacher_rows": np.int32,
 }
 # Keys of the examples of a format; those of the other formats have none.
 KEYS: Mapping[str, tuple[str, ...]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.chat import ROLE_NAMES
+from jaxtune.data.prompts import Prompts, PromptStore
 from jaxtune.data.store import TokenStore
 from jaxtune.data.stream import Stream
 from jaxtune.data.tokenizer import Tokenizer
@@ -17,10 +19,11 @@ _COLOURS = {
     "tool": "yellow", "prompt": "blue", "completion": "cyan", "text": "cyan",
 }  # fmt: skip
 _TRAINED = "bold black on green"
+_REJECTED = "bold black on red"
 
 
 def inspect(
-    data: TokenStore | Stream,
+    data: TokenStore | Stream | Prompts,
     tokenizer: Tokenizer | None,
     n: int = 3,
     console: Any = None,
@@ -28,12 +31,13 @@ def inspect(
 ) -> None:
     """Prints examples of a store, or rows of a stream as they are trained, and their counts.
 
-    Trained tokens are black on green; the others have the colour of their role, if the store was
-    made with `keep_roles`. Without colours (`console.no_color`, or no terminal), a trained token
-    stands in ⟦ ⟧.
+    Trained tokens are black on green, or on red where they are not wanted; the others have the
+    colour of their role, if the store was made with `keep_roles`. Without colours
+    (`console.no_color`, or no terminal), a trained token stands in ⟦ ⟧. Of several completions, the
+    prompt that they share is shown once, then each with its name.
 
     Args:
-        data: examples or rows to show.
+        data: examples or rows to show, or prompts.
         tokenizer: writes ids as text; ids are shown as numbers if None.
         n: how many.
         console: a `rich.console.Console`; the terminal if None.
@@ -47,6 +51,9 @@ def inspect(
     console = console or Console(highlight=False)
     if isinstance(data, TokenStore) and start >= len(data):
         raise RequestError(f"there are {len(data)} examples; {start} is beyond them", key="--start")
+    if isinstance(data, Prompts):
+        _show_prompts(console, data, start, n)
+        return
     if isinstance(data, Stream):
         segments = [[data.examples_of_row(r), f"row {r}"] for r in range(start, start + n)]
         stores = data.stores
@@ -57,17 +64,89 @@ def inspect(
     _legend(console, stores)
     for members, title in segments:
         console.rule(title, align="left")
-        for number, (store, example) in enumerate(members, 1):
-            ids, mask = stores[store].example(example)
-            console.print(
-                f"segment {number}: {stores[store].where(example)}, {len(ids)} tokens, "
-                f"{int(np.count_nonzero(mask))} trained",
-                style="dim",
-                markup=False,
-            )
-            roles = stores[store].example_roles(example)
-            console.print(token_text(ids, mask, roles, tokenizer, plain=not _colours(console)))
+        number = 1
+        for store, example in members:
+            number = _show_example(console, stores[store], example, number, tokenizer)
     _counts(console, data, stores)
+
+
+def _show_example(
+    console: Any, store: TokenStore, example: int, number: int, tokenizer: Tokenizer | None
+) -> int:
+    """Prints an example that begins with segment `number`; returns the next one's."""
+    ids, mask = store.example(example)
+    roles, columns = store.example_roles(example), store.example_columns(example)
+    branches = columns.get("branches")
+    count = 1 if branches is None or store.shared else int(branches[-1])
+    name = f"segment {number}" if count == 1 else f"segments {number}-{number + count - 1}"
+    console.print(
+        f"{name}: {store.where(example)}, {len(ids)} tokens, {int(np.count_nonzero(mask))} trained"
+        + _judgement(store, mask, columns),
+        style="dim",
+        markup=False,
+    )
+    plain = not _colours(console)
+    parts = [("", np.arange(len(ids)))]
+    if branches is not None:
+        names = [""] + [_side_name(store.format, b) for b in range(1, int(branches[-1]) + 1)]
+        parts = [(name, np.flatnonzero(branches == b)) for b, name in enumerate(names)]
+    for name, chosen in parts:
+        if not len(chosen):
+            continue
+        if name:
+            console.print(f"{name}:", style="dim", markup=False)
+        unwanted = name == "rejected" or (
+            store.format == "unpaired" and not store.values["label"][example]
+        )
+        shown = None if roles is None else roles[chosen]
+        style = _REJECTED if unwanted else _TRAINED
+        prompt = len(parts[0][1]) if name else 0
+        console.print(
+            token_text(
+                ids[chosen],
+                mask[chosen],
+                shown,
+                tokenizer,
+                plain=plain,
+                trained=style,
+                before=ids[:prompt],
+            )
+        )
+    return number + count
+
+
+def _side_name(format: str, branch: int) -> str:
+    if format == "preference":
+        return ("chosen", "rejected")[branch - 1]
+    return f"completion {branch}" + (", the best" if branch == 1 else "")
+
+
+def _judgement(store: TokenStore, mask: np.ndarray, columns: Mapping[str, np.ndarray]) -> str:
+    """Returns what is known of an example beside its tokens, for the line above it."""
+    trained = mask > 0
+    said = []
+    if "label" in columns:
+        labels = columns["label"][trained]
+        shown = labels if store.format == "stepwise" else labels[:1]
+        said.append("label " + " ".join(f"{value:g}" for value in shown))
+    for name, usual in (("margin", 0.0), ("example_weight", 1.0)):
+        value = float(columns[name][trained][0]) if name in columns else usual
+        if value != usual:
+            said.append(f"{name.removeprefix('example_')} {value:g}")
+    return "".join(f", {words}" for words in said)
+
+
+def _show_prompts(console: Any, prompts: Prompts, start: int, n: int) -> None:
+    from rich.text import Text
+
+    for at, number in enumerate(prompts.take(start, n), start):
+        console.rule(f"prompt {at}", align="left")
+        size = len(prompts.ids(number))
+        console.print(f"{prompts.where(number)}, {size} tokens", style="dim", markup=False)
+        console.print(Text(prompts.text(number), style=_COLOURS["prompt"]))
+        for name, (value,) in prompts.columns([number]).items():
+            console.print(Text(f"{name}: {value!r}", style=_COLOURS["template"]))
+    _table(console, prompts.stores)
 
 
 def token_text(
@@ -77,6 +156,8 @@ def token_text(
     tokenizer: Tokenizer | None,
     *,
     plain: bool = False,
+    trained: str = _TRAINED,
+    before: np.ndarray | None = None,
 ) -> Any:
     """Returns a `rich.text.Text` of the tokens, styled, or with marks in it if `plain`.
 
@@ -86,22 +167,25 @@ def token_text(
         roles: uint8 [T], indices into `chat.ROLE_NAMES`, or None.
         tokenizer: writes ids as text; ids are shown as numbers if None.
         plain: puts ⟦ ⟧ around runs of trained tokens.
+        trained: style of trained tokens.
+        before: int32 [n], tokens that come before and are not shown.
     """
     from rich.text import Text
 
     roles = np.zeros(len(ids), np.uint8) if roles is None else roles
     text = Text()
     cuts = np.flatnonzero((np.diff(mask > 0) != 0) | (np.diff(roles) != 0)) + 1
-    pieces = _pieces(ids, tokenizer)
+    lead = 0 if before is None else len(before)
+    pieces = _pieces(ids if not lead else np.concatenate([before, ids]), tokenizer)[lead:]
     for run in np.split(np.arange(len(ids)), cuts):
-        trained = bool(mask[run[0]] > 0)
-        style = _TRAINED if trained else _COLOURS[ROLE_NAMES[roles[run[0]]]]
-        if plain and trained and (run[0] == 0 or mask[run[0] - 1] == 0):
+        target = bool(mask[run[0]] > 0)
+        style = trained if target else _COLOURS[ROLE_NAMES[roles[run[0]]]]
+        if plain and target and (run[0] == 0 or mask[run[0] - 1] == 0):
             text.append("⟦")
         for at in run:
             # Neighbours differ, so that the borders of tokens are seen.
             text.append(pieces[at], style=f"{style} underline" if at % 2 else style)
-        if plain and trained and (run[-1] + 1 == len(ids) or mask[run[-1] + 1] == 0):
+        if plain and target and (run[-1] + 1 == len(ids) or mask[run[-1] + 1] == 0):
             text.append("⟧")
     return text
 
@@ -130,6 +214,9 @@ def _legend(console: Any, stores: tuple[TokenStore, ...]) -> None:
 
     legend = Text()
     legend.append(*("trained", _TRAINED) if _colours(console) else ("⟦trained⟧",))
+    if _colours(console) and any(s.format in ("preference", "unpaired") for s in stores):
+        legend.append("  ")
+        legend.append("not wanted", _REJECTED)
     shown = {int(c) for s in stores if s.roles is not None for c in np.unique(s.roles)}
     for code in sorted(shown):
         legend.append("  ")
@@ -138,6 +225,17 @@ def _legend(console: Any, stores: tuple[TokenStore, ...]) -> None:
 
 
 def _counts(console: Any, data: TokenStore | Stream, stores: tuple[TokenStore, ...]) -> None:
+    _table(console, stores)
+    if isinstance(data, Stream):
+        stats = data.stats()
+        console.print(
+            f"epoch: {stats['examples_per_epoch']:,} examples, {stats['tokens_per_epoch']:,} "
+            f"tokens in {stats['rows_per_epoch']:,} rows of {data.seq_len}, "
+            f"{stats['efficiency']:.1%} full"
+        )
+
+
+def _table(console: Any, stores: Sequence[TokenStore | PromptStore]) -> None:
     from rich.table import Table
 
     # One line a count, so that it stays readable however narrow the terminal.
@@ -146,10 +244,3 @@ def _counts(console: Any, data: TokenStore | Stream, stores: tuple[TokenStore, .
     for name in counts[0]:
         table.add_row(name, *(f"{c[name]:,}" for c in counts))
     console.print(table)
-    if isinstance(data, Stream):
-        stats = data.stats()
-        console.print(
-            f"epoch: {stats['examples_per_epoch']:,} examples, {stats['tokens_per_epoch']:,} "
-            f"tokens in {stats['rows_per_epoch']:,} rows of {data.seq_len}, "
-            f"{stats['efficiency']:.1%} full"
-        )

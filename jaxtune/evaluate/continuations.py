@@ -19,6 +19,7 @@ from jaxtune.core.tree import Tree, flatten
 from jaxtune.evaluate.shapes import COMPILING, OTHER_COMPILING, Costs, Shape, merged, step
 from jaxtune.generate.placement import spread_cache
 from jaxtune.models import decoder
+from jaxtune.models.cache import Cache, empty_cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.logprobs import Scores, token_scores
 from jaxtune.parallel.batches import global_batch
@@ -285,7 +286,7 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
     @jax.jit
     def together(params, arrays) -> Scores:
         rows, tips, width = arrays["targets"].shape
-        cache = decoder.empty_cache(config, rows, arrays["input_ids"].shape[1])
+        cache = empty_cache(config, rows, arrays["input_ids"].shape[1])
         cache = decoder.hidden_states(config, method, params, arrays, cache=cache).cache
         flat = {
             name: arrays[key].reshape(rows * tips, width)
@@ -305,7 +306,7 @@ def _programs(config: ModelConfig, method: Method, shards: int) -> tuple[Callabl
     return alone, together
 
 
-def branched(cache: decoder.Cache, tips: int, width: int) -> decoder.Cache:
+def branched(cache: Cache, tips: int, width: int) -> Cache:
     """Returns the cache with each row `tips` times in turn, and `width` more empty columns."""
 
     def spread(x: jax.Array, rows: int, columns: int) -> jax.Array:

@@ -17,7 +17,7 @@ from jaxtune.objectives.reward import CALIBRATION, calibration_error
 from jaxtune.parallel.batches import Rows, global_batch
 from jaxtune.training.step import Loss, terms
 
-LOSS = "loss"
+LOSS, CALIBRATION_ERROR = "loss", "calibration_error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +50,22 @@ class Sums:
         if LOSS not in means:
             parts = [value for name, value in means.items() if name.startswith(f"{LOSS}/")]
             means = {LOSS: sum(parts)} | means
-        bins = {name for name in means if name.startswith(CALIBRATION)}
-        if bins:
-            error = calibration_error(means)
-            means = {n: v for n, v in means.items() if n not in bins} | {"calibration_error": error}
+        known = reported(means)
+        if CALIBRATION_ERROR in known:
+            means[CALIBRATION_ERROR] = calibration_error(means)
+        means = {name: means[name] for name in known}
         if self.likelihood:
             means["perplexity"] = perplexity(means[LOSS])
         return means | {"tokens": self.tokens}
+
+
+def reported(names: Iterable[str]) -> list[str]:
+    """Returns the names under which metrics are reported: the bins of a calibration as one error.
+
+    >>> reported(["accuracy", "calibration/bin_0", "calibration/bin_1"])
+    ['accuracy', 'calibration_error']
+    """
+    return list(dict.fromkeys(CALIBRATION_ERROR if CALIBRATION in n else n for n in names))
 
 
 def loss_sums(

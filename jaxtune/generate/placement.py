@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jaxtune.core.tree import Tree
-from jaxtune.models.decoder import Cache
+from jaxtune.models.cache import Cache
 from jaxtune.parallel.rules import constrain
 
 

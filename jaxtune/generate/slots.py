@@ -22,6 +22,7 @@ from jaxtune.generate import sampling
 from jaxtune.generate.limits import bucket
 from jaxtune.generate.placement import spread_cache
 from jaxtune.models import decoder
+from jaxtune.models.cache import Cache, empty_cache
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.rules import constrain
 from jaxtune.peft.method import Method
@@ -61,7 +62,7 @@ class Slots:
         done: bool [B], rows that are over, or were never begun.
     """
 
-    cache: decoder.Cache
+    cache: Cache
     first: jax.Array
     last: jax.Array
     positions: jax.Array
@@ -192,11 +193,11 @@ def programs(config: ModelConfig, method: Method) -> Programs:
     """Returns the programs of a model, each compiled once for each shape."""
 
     @jax.jit
-    def read(params: Tree, prompts: Prompts) -> decoder.Cache:
+    def read(params: Tree, prompts: Prompts) -> Cache:
         rows, width = prompts.batch["input_ids"].shape
         # Where frequencies follow the length, the row is one token longer than what is read here.
         ahead = 1 if config.follows_length else 0
-        cache = spread_cache(decoder.empty_cache(config, rows, width + ahead))
+        cache = spread_cache(empty_cache(config, rows, width + ahead))
         if ahead:
             at = prompts.lengths + method.position_offset
             segments = cache.segment_ids.at[:, width].set(prompts.last != EMPTY)
@@ -204,7 +205,7 @@ def programs(config: ModelConfig, method: Method) -> Programs:
             cache = dataclasses.replace(cache, segment_ids=segments, positions=places)
         cache = decoder.hidden_states(config, method, params, prompts.batch, cache=cache).cache
         return spread_cache(
-            decoder.Cache(
+            Cache(
                 cache.keys[:, :, :, :width],
                 cache.values[:, :, :, :width],
                 cache.segment_ids[:, :width],
@@ -215,7 +216,7 @@ def programs(config: ModelConfig, method: Method) -> Programs:
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def start(rows: int, width: int, new: int) -> Slots:
-        cache = decoder.empty_cache(config, rows, width + new)
+        cache = empty_cache(config, rows, width + new)
         cache = dataclasses.replace(cache, length=jnp.int32(width))
         zeros = jnp.zeros(rows, jnp.int32)
         keys = jnp.zeros((rows, 2), jnp.uint32)
@@ -223,7 +224,7 @@ def programs(config: ModelConfig, method: Method) -> Programs:
         return pinned(Slots(cache, first, zeros, zeros, zeros, zeros, keys, done))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def enter(slots: Slots, prompts: decoder.Cache, entry: Entry) -> Slots:
+    def enter(slots: Slots, prompts: Cache, entry: Entry) -> Slots:
         at, width, held = entry.slots, prompts.keys.shape[3], slots.cache
 
         def put(array, value):
@@ -236,7 +237,7 @@ def programs(config: ModelConfig, method: Method) -> Programs:
             new = array.shape[1] - width
             return put(array, jnp.pad(read[entry.sources], ((0, 0), (0, new))))
 
-        cache = decoder.Cache(
+        cache = Cache(
             prompt_columns(held.keys, prompts.keys),
             prompt_columns(held.values, prompts.values),
             all_columns(held.segment_ids, prompts.segment_ids),
@@ -270,7 +271,7 @@ def programs(config: ModelConfig, method: Method) -> Programs:
             ids = ids.at[:, step].set(new)
             return step + 1, Written(held, ids, logprobs.at[:, step].set(drawn.logprobs))
 
-        def next_tokens(held: Slots) -> tuple[sampling.Drawn, decoder.Cache]:
+        def next_tokens(held: Slots) -> tuple[sampling.Drawn, Cache]:
             batch = {
                 "input_ids": held.last[:, None],
                 "segment_ids": jnp.where(held.done, 0, 1)[:, None],

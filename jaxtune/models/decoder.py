@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtune.models import functional
 from jaxtune.models.attention import ATTENDED, Span, Where, visible
 from jaxtune.models.attention_backends import backend
+from jaxtune.models.cache import Cache, write_column, write_span
 from jaxtune.models.config import ModelConfig
 from jaxtune.models.experts import ExpertMlp
 from jaxtune.models.layers import ACTIVATIONS, Linear, Norm, gated_activation
@@ -22,25 +23,6 @@ from jaxtune.models.rope import angles, rotate
 from jaxtune.models.routing import balance
 from jaxtune.parallel.rules import constrain
 from jaxtune.peft.method import Method, named_key, param
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far.
-
-    Attributes:
-        keys, values: [L, B, K, S, H]: a token is written to a column and a head's are read
-            together. Keys are rotated, unless the angles follow the length of the segment.
-        segment_ids, positions: int32 [B, S]; segment 0 is padding or empty.
-        length: int32 scalar, the next column to write.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    segment_ids: jax.Array
-    positions: jax.Array
-    length: jax.Array
 
 
 class Hidden(NamedTuple):
@@ -413,21 +395,6 @@ def rematerialised(body, policy: str):
     return jax.checkpoint(body, policy=dots if policy == "dots" else None, prevent_cse=False)
 
 
-def write_column(stored: jax.Array, layer: jax.Array, column: jax.Array, new: jax.Array):
-    """Returns what is stored [L, B, K, S, H] with new [B, T, K, H] in a layer from a column on."""
-    new = new.swapaxes(1, 2).astype(stored.dtype)[None]
-    return jax.lax.dynamic_update_slice(stored, new, (layer, 0, 0, column, 0))
-
-
-def write_span(cache: Cache, queries: Span) -> Span:
-    """Returns the cache's segment ids and positions with the new tokens written in."""
-    start = (0, cache.length)
-    return Span(
-        jax.lax.dynamic_update_slice(cache.segment_ids, queries.segment_ids, start),
-        jax.lax.dynamic_update_slice(cache.positions, queries.positions, start),
-    )
-
-
 # -- the functional face ------------------------------------------------------------------------
 
 
@@ -506,16 +473,3 @@ def with_gathered_head(config: ModelConfig, frozen):
         return frozen
     axes = ("vocab", None) if config.tie_embeddings else (None, "vocab")
     return {**frozen, node: {**frozen[node], leaf: constrain(weights, *axes)}}
-
-
-def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """Returns a cache with `slots` empty columns for each of `batch` rows."""
-    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-    zeros = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(
-        jnp.zeros(shape, config.compute_dtype),
-        jnp.zeros(shape, config.compute_dtype),
-        zeros,
-        zeros,
-        jnp.zeros((), jnp.int32),
-    )

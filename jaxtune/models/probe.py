@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.models.cache import empty_cache
 from jaxtune.models.config import ModelConfig
-from jaxtune.models.decoder import abstract_params, empty_cache, hidden_states
+from jaxtune.models.decoder import abstract_params, hidden_states
 from jaxtune.peft.method import Method, Probe
 
 BASE = Method()

@@ -20,6 +20,10 @@ from jaxtune.objectives.chunks import in_chunks
 from jaxtune.objectives.kl import divergence, exact
 from jaxtune.objectives.logprobs import Head
 
+# The rest of a teacher's probability is the difference of 1 and a sum in float32: below this it is
+# rounding, which may even be negative, and a student that has mass there must not pay without end.
+LEAST_REST = 1e-6
+
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -96,6 +100,8 @@ def token_divergences(
 def with_rest(logits: jax.Array, ids: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns log-probabilities (student's, teacher's) [..., K + 1]: the K tokens, and the rest.
 
+    With K = V there is no rest, and they are [..., V].
+
     What the teacher's K most likely tokens leave over is one more event. A divergence of these is a
     lower bound on that of the whole distributions, and 0 only where the student gives the K tokens
     the teacher's probabilities; cutting the rest away and renormalising would let the student put
@@ -108,12 +114,13 @@ def with_rest(logits: jax.Array, ids: jax.Array, teacher: jax.Array) -> tuple[ja
             of one temperature, which cannot be changed afterwards.
     """
     top = jnp.take_along_axis(logits, ids, axis=-1)
+    if ids.shape[-1] == logits.shape[-1]:
+        return jax.nn.log_softmax(top, axis=-1), teacher
     without = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
     rest = jax.nn.logsumexp(without, axis=-1, keepdims=True)
     student = jax.nn.log_softmax(jnp.concatenate([top, rest], axis=-1), axis=-1)
-    # Rounding may have left the K probabilities a sum above 1.
-    known = jnp.minimum(jax.nn.logsumexp(teacher, axis=-1, keepdims=True), 0.0)
-    rest = jnp.log(-jnp.expm1(known))
+    known = jax.nn.logsumexp(teacher, axis=-1, keepdims=True)
+    rest = jnp.log(jnp.maximum(-jnp.expm1(known), LEAST_REST))
     return student, jnp.concatenate([teacher, rest], axis=-1)
 
 

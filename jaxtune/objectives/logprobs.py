@@ -67,7 +67,8 @@ def plain_scores(logits: jax.Array, targets: jax.Array) -> Scores:
 def entropy(logits: jax.Array) -> jax.Array:
     """Returns the entropy [...] in nats of float32 logits [..., V]; −inf rules a token out."""
     logp = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.sum(jnp.where(logp > -jnp.inf, jnp.exp(logp) * logp, 0.0), axis=-1)
+    inside = logp > -jnp.inf
+    return -jnp.sum(jnp.exp(logp) * jnp.where(inside, logp, 0.0), axis=-1)
 
 
 def token_scores(

@@ -63,7 +63,11 @@ def reward_loss(
 
 
 def ranked_loss(
-    scores: jax.Array, lists: jax.Array, ranks: jax.Array, weights: jax.Array
+    scores: jax.Array,
+    lists: jax.Array,
+    ranks: jax.Array,
+    weights: jax.Array,
+    margin: jax.Array | float = 0.0,
 ) -> tuple[Weighted, dict[str, Weighted]]:
     """Returns (Σ of the lists' mean pairwise losses with their number, {"rewards/accuracy"}).
 
@@ -76,6 +80,7 @@ def ranked_loss(
         lists: int32 [B, C], the list that a completion belongs to in its row; 0 for none.
         ranks: [B, C], smaller is better.
         weights: float32 [B, C], the weight of its list on each completion.
+        margin: by how much a completion is to be better than those behind it, broadcast to [B, C].
     """
     same = (lists[:, :, None] == lists[:, None, :]) & (lists > 0)[:, :, None]
     before = ranks[:, :, None] < ranks[:, None, :]
@@ -86,7 +91,7 @@ def ranked_loss(
     number = jnp.sum(jnp.where(same, above[:, None, :], 0.0), axis=2)
     each = jnp.where(ordered, (weights / jnp.maximum(number, 1.0))[:, :, None], 0.0)
     return (
-        weighted(-jax.nn.log_sigmoid(margins), each),
+        weighted(-jax.nn.log_sigmoid(margins - jnp.asarray(margin)[..., None]), each),
         {"rewards/accuracy": weighted(margins > 0, each)},
     )
 

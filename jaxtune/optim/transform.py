@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.optim.anchor import Pull, pull_to_start
 from jaxtune.optim.schedules import Schedule
 from jaxtune.peft.method import FROZEN, TRAINED
 
@@ -22,6 +25,8 @@ class OptimSpec:
     Attributes:
         name: "adamw", "adafactor", "lion", "sgd" or "muon".
         clip_norm: bound of the global norm of the trained gradients, or None.
+        layer_decay: factor of the learning rate from each block to the one below it, 1 at the last;
+            1 everywhere is the same rate for all.
         groups: (path regex, lr_scale, weight_decay or None) triples; the first match counts.
     """
 
@@ -32,6 +37,7 @@ class OptimSpec:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
+    layer_decay: float = 1.0
     groups: tuple[tuple[str, float, float | None], ...] = ()
 
 
@@ -94,8 +100,9 @@ def make_transform(
     params: Tree,
     schedule: Schedule,
     scales: Sequence[tuple[str, float]] = (),
+    pull: Pull | None = None,
 ) -> optax.GradientTransformation:
-    """Returns clip → rule → decay → learning rate, with a group for each rate and decay.
+    """Returns pull → clip → rule → decay → learning rate, a group for each rate and decay.
 
     Args:
         spec: the specification.
@@ -104,6 +111,7 @@ def make_transform(
         schedule: step → learning rate.
         scales: (path regex, factor) pairs of the method, such as LoRA+'s; they multiply the
             groups' own.
+        pull: towards the parameters at the start, if any.
 
     Raises:
         RequestError: a group's regex matches no trained parameter.
@@ -144,4 +152,34 @@ def make_transform(
         )
     clip = optax.identity() if spec.clip_norm is None else optax.clip_by_global_norm(spec.clip_norm)
     names = unflatten({p: None if leaf is None else group(p) for p, leaf in shapes.items()})
-    return optax.chain(clip, optax.partition(chains, names))
+    before = (pull_to_start(pull.l2sp, pull.ewc),) if pull else ()
+    behind = () if spec.layer_decay == 1.0 else (by_layer(spec.layer_decay, shapes),)
+    return optax.chain(*before, clip, optax.partition(chains, names), *behind)
+
+
+def by_layer(decay: float, shapes: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Returns the transformation that slows the lower layers down.
+
+    Of L blocks, the updates of block l are multiplied by decay^(L − 1 − l), those of the embedding
+    by decay^L (Howard and Ruder 2018, arXiv:1801.06146); what lies above the blocks is left alone.
+
+    Args:
+        decay: in (0, 1].
+        shapes: {path: parameter}; those of the blocks have a layer axis first.
+    """
+    stacked = [leaf for path, leaf in shapes.items() if leaf is not None and is_block(path)]
+    layers = stacked[0].shape[0] if stacked else 0
+
+    def scaled(path: tuple, update: jax.Array) -> jax.Array:
+        name = "/".join(str(key.key) for key in path)
+        if is_block(name):
+            factors = decay ** jnp.arange(layers - 1, -1, -1, dtype=jnp.float32)
+            return update * factors.reshape(-1, *(1,) * (update.ndim - 1))
+        return update * decay**layers if name.startswith("embed/") else update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
+def is_block(path: str) -> bool:
+    """Tells whether a parameter is one of the stacked layers'."""
+    return path.startswith("blocks/")

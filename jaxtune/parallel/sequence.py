@@ -45,7 +45,7 @@ def zigzag(tokens: int, shards: int) -> np.ndarray:
 
 
 def balanced(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Returns per-token arrays [B, T] with the tokens of each row in `zigzag` order.
+    """Returns per-token arrays [B, T, …] with the tokens of each row in `zigzag` order.
 
     Attention reads segments and positions, not places, so everything behind the shift of targets
     may stand in any order. This is the only place that moves tokens; without a `sequence` axis
@@ -56,6 +56,7 @@ def balanced(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return dict(arrays)
 
     def move(x: jax.Array) -> jax.Array:
-        return constrain(x[:, zigzag(x.shape[1], shards)], "batch", "tokens")
+        rest = (None,) * (x.ndim - 2)
+        return constrain(x[:, zigzag(x.shape[1], shards)], "batch", "tokens", *rest)
 
     return {name: move(array) for name, array in arrays.items()}

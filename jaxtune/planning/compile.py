@@ -30,6 +30,8 @@ class Compiled:
         flops: of one device's matrix products, each as often as it runs; kernels are not seen.
         optimal_seconds: the compiler's own estimate of a step, as it stands.
         collectives: those of the program, None if it does not fit.
+        uncounted_loops: loops that run as often as the data say, counted as if they ran once: what
+            is inside them is in `flops` and `collectives` once.
     """
 
     argument_bytes: int
@@ -42,6 +44,7 @@ class Compiled:
     flops: int
     optimal_seconds: float | None
     collectives: tuple[collectives.Collective, ...] | None
+    uncounted_loops: int = 0
 
 
 def compile_step(
@@ -86,6 +89,7 @@ def compile_step(
         flops=products.flops(module),
         optimal_seconds=cost.get("optimal_seconds"),
         collectives=tuple(collectives.collectives(module)),
+        uncounted_loops=len(module.uncounted),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 
 # A plan without a compiler may miss this share of the memory.
@@ -11,6 +12,10 @@ REMAT = ("none", "dots", "block")
 # Bytes of a frozen weight: 8 bits and a scale a column; 4 bits and a float32 scale for 64 weights.
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}
 MOST_TENSOR = 8
+OPTIONAL = ("sequence", "expert")  # axes that are not shown where they are 1
+# Rows are spread over devices while each keeps this many tokens: below, the messages of ring
+# attention are no longer hidden behind its products.
+LEAST_TOKENS = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Setting:
     """What may be changed without changing what is learned.
 
     Attributes:
-        data, fsdp, tensor: sizes of the mesh's axes.
+        data, fsdp, tensor, sequence, expert: sizes of the mesh's axes.
         grad_accum: micro-batches of a step; the global batch stays.
         remat: what the backward pass computes again.
         quantize: storage of frozen weights; it changes their values a little.
@@ -30,6 +35,14 @@ class Setting:
     grad_accum: int
     remat: str
     quantize: str = "none"
+    sequence: int = 1
+    expert: int = 1
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """Size of each axis of the mesh."""
+        names = ("data", "fsdp", "tensor", "sequence", "expert")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,31 +61,67 @@ class Trial:
             round(max(self.seconds.values()), 9),
             s.quantize != "none",
             round(sum(self.seconds.values()), 9),
-            s.tensor,
+            s.tensor * s.sequence * s.expert,
             s.grad_accum,
             REMAT.index(s.remat),
         )
 
 
 def settings(
-    devices: int, batch_size: int, num_kv_heads: int, quantize: Iterable[str] = ("none",)
+    devices: int,
+    batch_size: int,
+    num_kv_heads: int,
+    quantize: Iterable[str] = ("none",),
+    sequence: Iterable[int] = (1,),
+    expert: Iterable[int] = (1,),
 ) -> Iterator[Setting]:
-    """Yields every setting in which each device has whole rows and heads.
+    """Yields every setting in which each device has whole rows and heads, or parts of long rows.
+
+    Args:
+        devices: in all.
+        batch_size: rows of a step.
+        num_kv_heads: of the model.
+        quantize: values to compare.
+        sequence, expert: sizes of these axes to compare.
 
     >>> len(list(settings(4, 8, 2)))
     36
     """
-    for tensor in divisors(devices):
-        if tensor > MOST_TENSOR or num_kv_heads % tensor:
+    tensor = [n for n in divisors(devices) if n <= MOST_TENSOR and num_kv_heads % n == 0]
+    for t, s, e in itertools.product(tensor, sequence, expert):
+        if devices % (t * s * e):
             continue
-        for fsdp in divisors(devices // tensor):
-            data = devices // tensor // fsdp
-            if batch_size % (data * fsdp):
+        rest = devices // (t * s * e)
+        for fsdp in divisors(rest):
+            shards = rest * e  # of the rows of a batch
+            if batch_size % shards:
                 continue
-            for accum in divisors(batch_size // (data * fsdp)):
-                for remat in REMAT:
-                    for kind in quantize:
-                        yield Setting(data, fsdp, tensor, accum, remat, kind)
+            for accum, remat, kind in itertools.product(
+                divisors(batch_size // shards), REMAT, quantize
+            ):
+                yield Setting(rest // fsdp, fsdp, t, accum, remat, kind, s, e)
+
+
+def row_parts(seq_len: int, devices: int) -> list[int]:
+    """Returns over how many devices a row may be spread.
+
+    >>> row_parts(32768, 16), row_parts(2048, 16)
+    ([1, 2, 4, 8], [1])
+    """
+    return [
+        n
+        for n in divisors(devices)
+        if n == 1 or (seq_len % (2 * n) == 0 and seq_len // n >= LEAST_TOKENS)
+    ]
+
+
+def expert_parts(experts: int, devices: int) -> list[int]:
+    """Returns over how many devices so many experts may be spread; 0 for a model without.
+
+    >>> expert_parts(6, 4), expert_parts(0, 4)
+    ([1, 2], [1])
+    """
+    return [n for n in divisors(devices) if n == 1 or (experts and experts % n == 0)]
 
 
 def divisors(number: int) -> list[int]:
@@ -92,9 +141,10 @@ def ranked(trials: Iterable[Trial], usable_bytes: int) -> list[Trial]:
 
 def lines(setting: Setting) -> list[str]:
     """Returns the lines of a config file that make a setting."""
+    shown = {axis: n for axis, n in setting.mesh.items() if n > 1 or axis not in OPTIONAL}
+    mesh = ", ".join(f'"{axis}": {size}' for axis, size in shown.items())
     out = [
-        f'config.mesh = {{"data": {setting.data}, "fsdp": {setting.fsdp}, '
-        f'"tensor": {setting.tensor}}}',
+        f"config.mesh = {{{mesh}}}",
         f"config.grad_accum = {setting.grad_accum}",
         f'config.model.remat = "{setting.remat}"',
     ]

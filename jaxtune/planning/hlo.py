@@ -91,7 +91,7 @@ class Module:
     def executions(self) -> dict[str, int]:
         """How often each computation runs in one execution of the program.
 
-        A branch of a conditional counts as if it always ran.
+        A branch of a conditional counts as if it always ran; a loop of `uncounted` as if once.
         """
         memo: dict[str, int] = {}
 
@@ -100,25 +100,34 @@ class Module:
                 memo[name] = 1 if name == self.entry else 0
                 for caller, instruction in self.callers[name]:
                     times = self.trip_count(caller, instruction)
-                    memo[name] += count(caller) * times
+                    memo[name] += count(caller) * (1 if times is None else times)
             return memo[name]
 
         for name in self.computations:
             count(name)
         return memo
 
-    def trip_count(self, computation: str, instruction: Instruction) -> int:
+    @property
+    def uncounted(self) -> list[str]:
+        """Names of the loops whose trip count is known only as they run, by the data."""
+        return [
+            i.name
+            for name, body in self.computations.items()
+            for i in body.values()
+            if self.trip_count(name, i) is None
+        ]
+
+    def trip_count(self, computation: str, instruction: Instruction) -> int | None:
         """Returns how often an instruction runs what it calls: 1, or a loop's trip count.
 
-        Raises:
-            ValueError: a loop whose count the text does not tell.
+        None: the text does not tell.
         """
         if instruction.opcode != "while":
             return 1
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', instruction.rest)
         return int(known[1]) if known else self._counted(computation, instruction)
 
-    def _counted(self, computation: str, loop: Instruction) -> int:
+    def _counted(self, computation: str, loop: Instruction) -> int | None:
         """Reads a `while` of the form that a scan has: i = start; while i < limit: i += step."""
         condition = self.computations[loop.attribute("condition")]
         body = self.computations[loop.attribute("body")]
@@ -130,7 +139,7 @@ class Module:
         index = next((e for e in elements if e.opcode == "get-tuple-element"), None)
         limit = next((_constant(e) for e in elements if e.opcode == "constant"), None)
         if test.opcode != "compare" or index is None or limit is None:
-            raise ValueError(f"the trip count of {loop.name} cannot be read")
+            return None
         place = int(index.attribute("index"))
         caller = self.computations[computation]
         start = _constant(_element(caller, caller[loop.operands[0]], place))

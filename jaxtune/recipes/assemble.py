@@ -19,7 +19,9 @@ from jaxtune.models.probe import probe
 from jaxtune.parallel.findings import Finding, findings
 from jaxtune.parallel.rules import shardings
 from jaxtune.peft.method import FIXED, FROZEN, TRAINED, Method, labels
-from jaxtune.recipes.base import BASE, Base
+from jaxtune.recipes.base import Base
+
+TEACHER = "teacher"  # the node of a second model's parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Parts:
         shapes: ShapeDtypeStructs with the dtypes of the run.
         shardings: NamedSharding of each parameter.
         findings: where the mesh does not let a parameter follow its rule.
+        teacher: a second model, whose parameters lie below the node `TEACHER`; or None.
     """
 
     config: ModelConfig
@@ -40,10 +43,13 @@ class Parts:
     shapes: Tree
     shardings: Tree
     findings: tuple[Finding, ...] = ()
+    teacher: ModelConfig | None = None
 
     def split(self, tree: Tree) -> tuple[Tree, Tree]:
         """Returns (trained, the rest), with None in each other's places."""
-        return partition(tree, self.labels, lambda label: label == TRAINED)
+        trained, rest = partition(tree, self.labels, lambda label: label == TRAINED)
+        trained.pop(TEACHER, None)  # it has no place in a checkpoint
+        return trained, rest
 
     def fixed(self, tree: Tree) -> dict[str, Any]:
         """Returns {path: leaf} of what the method added without training it."""
@@ -147,7 +153,8 @@ def with_method(
             drawn = flatten(init_params(parts.config, parts.method, key))
             return {path: drawn[path] for path in added}
 
-        full = unflatten({**params, **jax.jit(begin, out_shardings=out)()})
+        own = {path: leaf for path, leaf in params.items() if not path.startswith(f"{TEACHER}/")}
+        full = unflatten({**own, **jax.jit(begin, out_shardings=out)()})
         begun = parts.method.start(full, jax.random.fold_in(key, 1), probe(parts.config, full))
         fresh = flatten(begun) | own_rows(params, parts.method.new_rows)
         loaded = {path: fresh[path] for path in added} | dict(loaded)
@@ -168,9 +175,3 @@ def own_rows(params: Mapping[str, Any], new_rows: tuple[int, int] | None) -> dic
     if "lm_head/kernel" in params:
         own["lm_head/added"] = params["lm_head/kernel"][:, start:stop]
     return own
-
-
-def added_paths(config: ModelConfig, method: Method) -> list[str]:
-    """Returns the paths that the method adds to the base."""
-    base = flatten(abstract_params(config, BASE))
-    return [path for path in flatten(abstract_params(config, method)) if path not in base]

@@ -42,6 +42,7 @@ class Base:
         new_rows: (first id, count) of tokens that it was not trained with.
         check: raises the RequestError of `load` if the files cannot hold the weights; reads headers
             only.
+        teacher: a second model that `load` reads too; see `recipes.teacher`.
     """
 
     config: ModelConfig
@@ -51,6 +52,7 @@ class Base:
     raw: dict[str, Any] | None = None
     new_rows: tuple[int, int] | None = None
     check: Callable[[], None] = lambda: None
+    teacher: Base | None = None
 
     @property
     def fingerprint(self) -> str:

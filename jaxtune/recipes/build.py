@@ -17,6 +17,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.columns import BRANCHED
 from jaxtune.models.attention_backends import Choice, choose, setting_on
+from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
 from jaxtune.optim.transform import OptimSpec, make_transform
 from jaxtune.parallel.batches import check_batch
@@ -32,7 +33,9 @@ from jaxtune.recipes.methods import check_stored, check_targets, check_width, ma
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
+from jaxtune.recipes.retention import Retention, open_retention
 from jaxtune.recipes.runs import open_base
+from jaxtune.recipes.teacher import open_teacher, with_teacher
 from jaxtune.training.compile import (
     Layout,
     abstract_batch,
@@ -57,6 +60,7 @@ class Plan:
         tx, schedule: the optimizer.
         layout: where the state lies.
         step, evaluation: jitted functions; no evaluation where the objective measures no loss.
+        retention: what is measured of what the run retains, or None.
     """
 
     config: Any
@@ -71,6 +75,7 @@ class Plan:
     layout: Layout
     step: Callable
     evaluation: Callable | None
+    retention: Retention | None = None
 
     @property
     def objective(self) -> Objective:
@@ -81,12 +86,17 @@ class Plan:
         """Returns what the run depends on, hashed: base weights, data, tokenizer."""
         tokenizer = self.base.tokenizer
         held_out = [f"{name}:{s.fingerprint()}" for name, s in self.data.evals.items()]
-        return {
+        found = {
             "base": self.base.fingerprint,
             "data": self.data.stream.fingerprint(),
             "evaluation data": " ".join(held_out) or None,
             "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
         }
+        if self.base.teacher is not None:
+            found["teacher"] = self.base.teacher.fingerprint
+        if self.data.teacher is not None:
+            found["teacher"] = self.data.teacher.digest
+        return found
 
     def abstract_arguments(self) -> tuple[Any, Any, Any]:
         """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
@@ -99,6 +109,7 @@ class Plan:
             self.config.data.seq_len,
             {name: np.dtype(array.dtype) for name, array in one.items()},
             batch_sharding(self.mesh),
+            {name: array.shape[2:] for name, array in one.items()},
         )
         return self.layout.shapes, with_shardings(frozen, self.layout.frozen), batch
 
@@ -125,7 +136,7 @@ def build(config: Any) -> Plan:
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
     data = objective.open_data(config, model.base, model.parts.method.num_virtual)
-    if config.data.eval and objective.held_out is not None:
+    if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
 
@@ -173,7 +184,10 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
     attention = choose_attention(config, mesh, platform, base, method)
     chosen = dataclasses.replace(base.config, attention=attention.name)
     base = dataclasses.replace(base, config=chosen)
-    return Model(base, plan_parts(base.config, method, mesh), attention)
+    parts = plan_parts(base.config, method, mesh)
+    if config.objective.get("teacher") is not None:
+        base, parts = with_teacher(base, parts, open_teacher(config, base), mesh)
+    return Model(base, parts, attention)
 
 
 def choose_attention(
@@ -248,7 +262,12 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     if not jax.tree.leaves(trained):
         raise RequestError("no parameter is trained", key="peft.train")
     tx = make_transform(
-        optim_spec(optim), parts.labels, trained, schedule, parts.method.learning_rate_scales()
+        optim_spec(optim),
+        parts.labels,
+        trained,
+        schedule,
+        parts.method.learning_rate_scales(),
+        Pull(config.retention.l2sp, config.retention.ewc),
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
@@ -276,6 +295,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         layout=layout,
         step=jit_step(step, layout),
         evaluation=evaluation,
+        retention=open_retention(config, parts, layout, base.tokenizer),
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.batches import most_completions as most
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.store import TokenStore, keys_of
@@ -28,12 +27,17 @@ class Data:
         budget: how many steps.
         warmup_steps: learning-rate warm-up in steps.
         evals: {name: tokenised held-out source}.
+        mismatched: of an objective that needs them, prompts with completions of other prompts, in
+            the order of `stream` and `evals`.
+        teacher: what a teacher says of the targets, a `teacher_data.TopK`, where it is on disk.
     """
 
     stream: Stream
     budget: Budget
     warmup_steps: int
     evals: dict[str, TokenStore | SharedStore]
+    mismatched: Data | None = None
+    teacher: Any = None
 
 
 def open_store(
@@ -72,16 +76,6 @@ def open_store(
         shared=data.packing,
         split_pairs=splits_pairs(objective, entry.format),
     )
-
-
-def most_completions(data: Data, seq_len: int, packing: bool, num_virtual: int) -> int:
-    """Returns a number that the completions of a row of any of a run's batches never exceed.
-
-    Rows of evaluation data hold one example, whatever the packing; see `batches.most_completions`.
-    """
-    held_out = most(tuple(data.evals.values()), seq_len, False, num_virtual)
-    trained = 1 if data.stream is None else data.stream.most_completions
-    return max(trained, held_out)
 
 
 def formats_of(config: Any) -> list[str]:

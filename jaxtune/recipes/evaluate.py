@@ -20,11 +20,19 @@ from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
+from jaxtune.recipes.against import compare
+from jaxtune.recipes.base import is_run
+from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.workdir import read_json
+
+BASE = "base"  # what a run was tuned from
+PAIRS = "preference"  # the format of data with two completions of each prompt
 
 
 def evaluate(
@@ -41,8 +49,11 @@ def evaluate(
     limit: int | None = None,
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
+    against: str | Path | None = None,
 ) -> dict[str, Any]:
     """Returns {"loss", "perplexity", "tokens", "examples", "accuracy", "tasks"}.
+
+    On pairs there is no perplexity, and more is told of them; see `evaluate_pairs.pair_loss`.
 
     With `tasks` and without `data`, only "tasks" is there: {name: {metric: value}}.
 
@@ -56,6 +67,8 @@ def evaluate(
             change the result.
         dtype: "bfloat16" or "float32"; by default the run's, or bfloat16.
         limit: the first so many examples of each source and task.
+        against: another model, or BASE for the run's own; "against" then tells the difference,
+            see `against.compare`.
         tasks, include_path: tasks of lm-evaluation-harness, and a directory with more of them.
 
     Raises:
@@ -75,6 +88,8 @@ def evaluate(
             raise RequestError("run in one process; give --distributed=none", key="--tasks")
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
+    if asked is not None and not lm.config.lm_head:
+        raise RequestError("is a reward model, which has no logits for tasks", where=lm.source)
     measured = {}
     if asked is not None:
         measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
@@ -99,16 +114,30 @@ def evaluate(
         raise RequestError("the run has no data.eval; give --data and --format", key="--data")
     if limit is not None:
         stores = {name: store.head(limit) for name, store in stores.items()}
-    results = {name: measure(lm, store, batch_size or 8) for name, store in stores.items()}
+    results = {name: measure(lm, store, batch_size or 8, run) for name, store in stores.items()}
     total = functools.reduce(Sums.__add__, results.values())
     report = {
         **total.means(),
         "examples": sum(len(store) for store in stores.values()),
         "tasks": measured,
     }
+    if against is not None:
+        other = base_of(lm, against, dtype)
+        report["against"] = compare(lm, other, stores, batch_size or 8)
     if len(results) > 1:
         report["sources"] = {name: result.means() for name, result in results.items()}
     return report
+
+
+def base_of(lm: LanguageModel, against: str | Path, dtype: str) -> LanguageModel:
+    """Returns the model to compare with: that of a directory, or what the run was tuned from."""
+    if str(against) != BASE:
+        return load(against, dtype=dtype, mesh=lm.mesh)
+    if lm.stand is not None:
+        return lm.use(None)
+    if is_run(Path(lm.source)) or lm.method.name == "base":
+        raise RequestError("the model is no run with a base on disk; name one", key="--against")
+    return load(lm.source, dtype=dtype, mesh=lm.mesh)
 
 
 def run_config(where: Path, config: Mapping[str, Any] | None) -> Any:
@@ -131,7 +160,17 @@ def open_one(
     """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
     if lm.tokenizer is None and format != "tokens":
         raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
+    scorer = not lm.config.lm_head
+    known = FORMATS_OF["reward"] if scorer else (*FORMATS_OF["sft"], PAIRS)
+    if format not in known:
+        reads = "a reward model reads" if scorer else "what has a loss to measure is"
+        raise RequestError(
+            f"{format!r} cannot be measured: {reads} {', '.join(known)}",
+            key="--format" if key == "--data" else f"{key}.format",
+        )
     longest = lm.config.max_context - lm.method.position_offset
+    if format == PAIRS:
+        longest *= 2  # a row holds the prompt with each side
     count = jax.process_count()
     return tokenize_shared(
         open_source(source, key=key, lazily=count > 1),
@@ -147,18 +186,34 @@ def open_one(
     )
 
 
-def measure(lm: LanguageModel, store: TokenStore | SharedStore, batch_size: int) -> Sums:
-    """Returns the sums over one source; rows are as long as its longest example."""
+def measure(
+    lm: LanguageModel, store: TokenStore | SharedStore, batch_size: int, run: Any = None
+) -> Sums:
+    """Returns the sums over one source; rows are as long as its longest example.
+
+    Args:
+        lm: the model.
+        store: the source.
+        batch_size: rows at a time.
+        run: resolved config of the run that the model comes from, or None.
+    """
     if len(store) == 0:
         raise RequestError("no example is left to evaluate")
     shards = batch_shards(lm.mesh)
     size = -(-batch_size // shards) * shards
-    width = -(-(int(store.lengths.max()) + lm.method.num_virtual) // 32) * 32
+    width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
     nothing, held = partition(lm.params, lm.params, lambda _: False)
-    loss = sft_loss(lm.config, lm.method, shards)
+    scorer, paired = not lm.config.lm_head, store.format == PAIRS
+    if scorer:
+        loss = measured_loss(lm.config, lm.method)
+    elif paired:
+        loss = pair_loss(lm, shards, run)
+    else:
+        loss = sft_loss(lm.config, lm.method, shards)
     step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))
     rows = held_rows(size, width, lm.mesh)
     chosen = slice(None) if rows is None else rows.held
     batches = eval_batches(store, size, width, lm.method.num_virtual, chosen)
     with jax.set_mesh(lm.mesh):
-        return loss_sums(step, nothing, held, batches, lm.mesh, rows)
+        likelihood = not (scorer or paired)
+        return loss_sums(step, nothing, held, batches, lm.mesh, rows, likelihood=likelihood)

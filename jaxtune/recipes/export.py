@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from jaxtune.checkpoints.hf_export import config_of
 from jaxtune.core.errors import RequestError
 from jaxtune.models.families.registry import RUN_FIELDS
 from jaxtune.recipes.base import BASE, is_run
-from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.combine import Mix, mixed
+from jaxtune.recipes.language_model import DEFAULT, LanguageModel, load
 from jaxtune.recipes.model_card import model_card
 from jaxtune.training.workdir import read_json
 
@@ -37,6 +38,12 @@ def export(
     out: str | Path,
     adapter: str | Path | None = None,
     dtype: str | None = None,
+    *,
+    others: Sequence[str | Path] = (),
+    merge: str = "soup",
+    tuned_share: float = 1.0,
+    density: float = 0.5,
+    pick: str | None = None,
 ) -> dict[str, Any]:
     """Writes an export, with a model card, and reports how far it is from the model in memory.
 
@@ -48,6 +55,9 @@ def export(
         adapter: PEFT directory on top of `source`.
         dtype: of merged weights: "float32", "float16", "bfloat16", and "q8_0" for gguf; that of
             the source by default.
+        others, merge, tuned_share, density: draw the run towards its base, or merge other runs
+            into it; see `combine.Mix`.
+        pick: which checkpoint of the run; see `language_model.load`.
 
     Returns:
         {"out", "format", "dtype", "max_logit_error", "bound"}; errors are relative to the
@@ -58,15 +68,18 @@ def export(
             or that is read.
         ExportError: the reloaded model differs by more than the bound, or is described otherwise.
     """
+    mix = Mix(tuple(Path(path) for path in others), merge, tuned_share, density)
     out = Path(out)
     check_apart(out, source, adapter)
     check_replaceable(out)
     dtype = chosen_dtype(format, dtype, Path(source))
-    lm = load(source, adapter=adapter, dtype="float32")
+    lm = load(source, adapter=adapter, dtype="float32", pick=pick)
     if format == "gguf" and not lm.config.lm_head:
         raise RequestError(
             "cannot hold a reward model's score head; export format 'hf'", key="format"
         )
+    if mix.changes:
+        lm = weakened(lm, mix) if format == "peft" else mixed(source, lm, mix, pick)
     with replaced(out) as aside:
         again = written_and_read(lm, aside, format, dtype)
         if changed := changed_fields(lm, again):
@@ -86,9 +99,20 @@ def export(
                 f"the exported model's logits differ by {report['max_logit_error']:.2e} of the "
                 f"largest logit, more than {report['bound']:.0e}; {out} is left as it was"
             )
-        card = model_card(source, lm.source, lm.method, report, adapter, not lm.config.lm_head)
+        scorer = not lm.config.lm_head
+        card = model_card(source, lm.source, lm.method, report, adapter, scorer, mix)
         (aside / "README.md").write_text(card, encoding="utf-8")
     return report
+
+
+def weakened(lm: LanguageModel, mix: Mix) -> LanguageModel:
+    """Returns a run's model with its adapter drawn towards the base, as an adapter still."""
+    if mix.others or lm.stand is None:
+        raise RequestError(
+            "holds an adapter, and what is asked for changes whole weights; use --format=hf",
+            key="format",
+        )
+    return lm.use({DEFAULT: mix.tuned_share})
 
 
 def check_apart(out: Path, source: str | Path, adapter: str | Path | None) -> None:

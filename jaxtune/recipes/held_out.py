@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
 from jaxtune.core.tree import Tree
-from jaxtune.data.batches import eval_batches
-from jaxtune.evaluate.loss import Sums, loss_sums
-from jaxtune.parallel.batches import held_rows
+from jaxtune.data.batches import Batch, eval_batches
+from jaxtune.evaluate.loss import Sums, loss_sums, reported
+from jaxtune.parallel.batches import Rows, held_rows
 
 
 def evaluate(plan: Any, trainable: Tree, frozen: Tree) -> dict[str, float]:
-    """Returns the `eval/…` metrics: `eval/NAME/…` of each source where there are several,
-    and `eval/loss` and its like over all of them.
-    """
-    results = {}
+    """Returns the `eval/…` metrics of each held-out source and of all together."""
     size, length = plan.config.eval.batch_size, plan.config.data.seq_len
+    rows = held_rows(size, length, plan.mesh)
+    here = slice(None) if rows is None else rows.held
+    results = {}
     for name, store in plan.data.evals.items():
-        rows = held_rows(size, length, plan.mesh)
-        batches = eval_batches(
-            store,
-            size,
-            length,
-            plan.parts.method.num_virtual,
-            slice(None) if rows is None else rows.held,
-        )
-        results[name] = loss_sums(
-            plan.evaluation,
-            trainable,
-            frozen,
-            batches,
-            plan.mesh,
-            rows,
-            likelihood=plan.objective.likelihood,
-        )
+        batches = eval_batches(store, size, length, plan.parts.method.num_virtual, here)
+        results[name] = sums(plan, batches, trainable, frozen, rows)
+    return named(results)
+
+
+def sums(
+    plan: Any, batches: Iterable[Batch], trainable: Tree, frozen: Tree, rows: Rows | None
+) -> Sums:
+    """Returns what a plan's evaluation measures on batches; see `evaluate.loss.loss_sums`."""
+    likelihood = plan.objective.likelihood
+    return loss_sums(
+        plan.evaluation, trainable, frozen, batches, plan.mesh, rows, likelihood=likelihood
+    )
+
+
+def named(results: Mapping[str, Sums]) -> dict[str, float]:
+    """Returns {metric: value}: `eval/NAME/…` of each source where there are several, and
+    `eval/loss` and its like over all of them.
+    """
     if not results:
         return {}
-    named = {}
+    each = {}
     if len(results) > 1:
-        named = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
+        each = {f"eval/{n}/{k}": v for n, r in results.items() for k, v in r.means().items()}
     whole = functools.reduce(Sums.__add__, results.values())
-    return named | {f"eval/{k}": v for k, v in whole.means().items()}
+    return each | {f"eval/{k}": v for k, v in whole.means().items()}
 
 
 def names(plan: Any) -> set[str]:
@@ -53,5 +56,5 @@ def names(plan: Any) -> set[str]:
     state, frozen, batch = plan.abstract_arguments()
     _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
     sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
-    measured = ("loss", "perplexity", "tokens", *own)
+    measured = ("loss", "perplexity", "tokens", *reported(own))
     return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

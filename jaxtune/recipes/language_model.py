@@ -306,6 +306,7 @@ def load(
     dtype: str = "bfloat16",
     quantize: str | None = None,
     mesh: Mesh | None = None,
+    pick: str | None = None,
 ) -> LanguageModel:
     """Loads a model for use.
 
@@ -319,6 +320,8 @@ def load(
         quantize: "none", "int8" or "nf4", of the kernels of the blocks; None: as the run was
             trained, or "none".
         mesh: devices; one device by default.
+        pick: of a run that measures what it retains, which checkpoint: "target", "retention", or
+            "knee", between the two.
 
     Raises:
         RequestError: a path or file that cannot be read, by name.
@@ -334,7 +337,9 @@ def load(
             raise RequestError(
                 "a run has its own adapter; give the base's directory", key="adapter"
             )
-        return load_run(path, dtype, mesh, quantize)
+        return load_run(path, dtype, mesh, quantize, pick)
+    if pick is not None:
+        raise RequestError("only a run has checkpoints to pick from", key="pick", where=path)
     base = from_hf(path)
     if adapter is not None and adapters.is_scorer(adapter):
         base = with_heads(base, REWARD_MODEL, path)
@@ -345,9 +350,11 @@ def load(
     return lm if adapter is None else lm.add_adapter(DEFAULT, adapter).use(DEFAULT)
 
 
-def load_run(workdir: Path, dtype: str, mesh: Mesh, quantize: str | None) -> LanguageModel:
+def load_run(
+    workdir: Path, dtype: str, mesh: Mesh, quantize: str | None, pick: str | None
+) -> LanguageModel:
     """Loads a run's result; what it added to its base is the adapter "default"."""
-    run = open_run(workdir)
+    run = open_run(workdir, pick)
     config = dataclasses.replace(run.base.config, dtype=dtype, remat="none")
     full = run.method.name == "full"
     if quantize is not None and not full:

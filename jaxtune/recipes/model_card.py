@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from jaxtune.peft.method import Method
 from jaxtune.peft.registry import spec_of
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.base import is_run
+from jaxtune.recipes.combine import Mix
 from jaxtune.training.workdir import read_json
 
 LIBRARIES = {"hf": "transformers", "peft": "peft", "gguf": "gguf", "jaxtune": "jaxtune"}
@@ -43,6 +45,7 @@ def model_card(
     report: Mapping[str, Any],
     adapter: str | Path | None = None,
     scorer: bool = False,
+    mix: Mix | None = None,
 ) -> str:
     """Returns the Markdown of a card, with YAML front matter for the Hugging Face hub.
 
@@ -53,6 +56,7 @@ def model_card(
         report: of the export: format, dtype, max_logit_error, bound.
         adapter: directory of the adapter on `source`, if one was given.
         scorer: whether it is a reward model.
+        mix: what was done to the run afterwards, if anything.
     """
     source, run = Path(source), is_run(Path(source))
     config = read_json(source / files.CONFIG) if run else {}
@@ -72,6 +76,10 @@ def model_card(
         section("Use", f"```\n{how[report['format']]}\n```"),
         section("Method", block({k: v for k, v in spec_of(method).items() if v not in (None, ())})),
     ]
+    if mix is not None and mix.changes:
+        settings = {k: v for k, v in dataclasses.asdict(mix).items() if k != "others"}
+        runs = [str(path) for path in mix.others]
+        parts.append(section("Merged afterwards", block({"merge": settings, "with": runs})))
     if config:
         parts.append(section("Data", table(("source", "format", "weight"), data_rows(config))))
     if summary:

@@ -52,7 +52,7 @@ class Objective:
             rows of `samples.jsonl`.
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
         padding: (resolved config, its data, rows, virtual tokens) → a batch of padding with all
-            its keys.
+            the keys that its feed gives it.
         show: (plan, how many, console) → None, prints the first things that are learned from.
         metrics: (plan) → names of metrics beside the step's: of the feed and of evaluations.
         keeps_start: whether a run of the resolved config needs a copy of the trained parameters

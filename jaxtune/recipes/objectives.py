@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from jaxtune.recipes import grpo, ppo, preference, reward, sft
+from jaxtune.recipes import distill, grpo, kto, ppo, preference, reward, sft
 from jaxtune.recipes.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
+    "distill": distill.OBJECTIVE,
     "sft": sft.OBJECTIVE,
     "pretrain": sft.OBJECTIVE,
     "grpo": grpo.OBJECTIVE,
     "ppo": ppo.OBJECTIVE,
     "reward": reward.OBJECTIVE,
     "dpo": preference.DPO,
+    "kto": kto.OBJECTIVE,
     "orpo": preference.ORPO,
     "simpo": preference.SIMPO,
     "cpo": preference.CPO,

@@ -47,7 +47,7 @@ def fit(
     Raises:
         RequestError: nothing fits, or what `plan` raises.
     """
-    started = draft(config, topology, devices=devices, price=price)
+    started = draft(starting(config), topology, devices=devices, price=price)
     found = trials(started)
     usable = chips.usable_bytes(started.target.chip)
     order = search.ranked(found, usable)
@@ -72,26 +72,46 @@ def fit(
     return result
 
 
+def starting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config on a mesh that any number of rows fits: the search chooses another."""
+    raw = for_planning(plain(config))
+    if (raw.get("model") or {}).get("attention") == "ring":
+        return raw  # needs a mesh that spreads rows, which is the config's own
+    alone = search.Setting(1, 1, -1, 1, "none")
+    return raw | {"mesh": dict(raw.get("mesh") or {}) | alone.mesh, "grad_accum": 1}
+
+
 def trials(started: Draft) -> list[Trial]:
     """Returns a Trial of each setting of a Draft's config on its devices."""
-    program, target = started.program, started.target
-    model = program.parts.config
-    kinds = quantisations(started)
+    program, target, config = started.program, started.target, started.config
+    model, count = program.parts.config, target.mesh.size
+    asked = dataclasses.replace(model, attention=config.model.attention)
+    base = dataclasses.replace(program.base, config=asked)
 
     @functools.cache
-    def on_mesh(data: int, fsdp: int, tensor: int) -> build.Plan:
-        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-        mesh = abstract_mesh(sizes, target.mesh.size)
-        parts = plan_parts(model, program.parts.method, mesh)
-        placed = build.Model(program.base, parts, program.attention)
-        return build.connect(started.config, mesh, placed, started.length.data)
+    def on_mesh(setting: Setting) -> build.Plan:
+        mesh = abstract_mesh(setting.mesh, count)
+        method = program.parts.method
+        attention = build.choose_attention(config, mesh, target.platform, base, method)
+        chosen = dataclasses.replace(model, attention=attention.name)
+        placed = build.Model(program.base, plan_parts(chosen, method, mesh), attention)
+        return build.connect(config, mesh, placed, started.length.data)
 
     found = []
-    rows, count = started.config.batch_size, target.mesh.size
-    for setting in search.settings(count, rows, model.num_kv_heads, kinds):
-        placed = on_mesh(setting.data, setting.fsdp, setting.tensor)
+    experts = 0 if model.experts is None else model.experts.count
+    for setting in search.settings(
+        count,
+        config.batch_size,
+        model.num_kv_heads,
+        quantisations(config),
+        row_parts(config, count),
+        search.expert_parts(experts, count),
+    ):
+        # What else a setting holds changes nothing of what lies where.
+        mesh_alone = dataclasses.replace(setting, grad_accum=1, remat="none", quantize="none")
+        placed = on_mesh(mesh_alone)
         parts = dataclasses.replace(
-            placed.parts, config=dataclasses.replace(model, remat=setting.remat)
+            placed.parts, config=dataclasses.replace(placed.parts.config, remat=setting.remat)
         )
         place = dataclasses.replace(target, mesh=placed.mesh, compiled=False)
         one = dataclasses.replace(
@@ -103,12 +123,22 @@ def trials(started: Draft) -> list[Trial]:
     return found
 
 
-def quantisations(started: Draft) -> tuple[str, ...]:
-    """Returns the values of `model.quantize` to compare: those that a config may have."""
-    asked = started.config.model.quantize
-    if asked != "none" or started.config.peft.method == "full":
+def quantisations(config: Any) -> tuple[str, ...]:
+    """Returns the values of `model.quantize` to compare: those that a resolved config may have."""
+    asked = config.model.quantize
+    whole = config.peft.method == "full" or config.peft.get("variant") == "pissa"
+    if asked != "none" or whole:
         return (asked,)
     return tuple(name for name in BY_PATH["model.quantize"].choices)
+
+
+def row_parts(config: Any, devices: int) -> list[int]:
+    """Returns the sizes of `mesh.sequence` to compare; beyond 1 attention is a ring."""
+    attention = config.model.attention
+    if attention not in ("auto", "ring"):
+        return [1]
+    found = search.row_parts(config.data.seq_len, devices)
+    return found if attention == "auto" else [n for n in found if n > 1]
 
 
 def quantisation_saves(one: Draft, setting: Setting) -> int:
@@ -131,7 +161,6 @@ def quantisation_saves(one: Draft, setting: Setting) -> int:
 def with_setting(config: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
     """Returns a config with a setting."""
     raw = for_planning(plain(config))
-    axes = ("data", "fsdp", "tensor")
-    mesh = dict(raw.get("mesh") or {}) | {axis: getattr(setting, axis) for axis in axes}
+    mesh = dict(raw.get("mesh") or {}) | setting.mesh
     model = dict(raw["model"]) | {"remat": setting.remat, "quantize": setting.quantize}
     return raw | {"mesh": mesh, "model": model, "grad_accum": setting.grad_accum}

@@ -193,6 +193,7 @@ def compiled_object(
         "compile_seconds": compiled.compile_seconds,
         "collectives": collectives.summary(found) if compiled.fits else None,
         "flops_per_device": compiled.flops,
+        "uncounted_loops": compiled.uncounted_loops,
         "optimal_seconds": optimal if roofline.plausible(optimal, estimate.step_seconds) else None,
         "frozen_gradient_collectives": len(frozen),
         "largest_collective": None

@@ -16,19 +16,20 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.objectives import completions as of
 from jaxtune.objectives.completions import Pair
 from jaxtune.objectives.cpo import cpo_term
-from jaxtune.objectives.dpo import LOSSES, dpo_loss, nll_term
+from jaxtune.objectives.dpo import LOSSES, dpo_loss, nll_term, preference_metrics
 from jaxtune.objectives.orpo import odds_ratio_term
 from jaxtune.objectives.sft import router_balance
 from jaxtune.objectives.simpo import simpo_loss
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
+from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.reference import COLUMN, adapters_off, base_logprobs
 from jaxtune.recipes.scores import Predictions, chunk_bytes, predictions
 from jaxtune.training.step import Loss, Metrics, SumLoss
 
 # What a loss is called in the metrics of training and evaluation.
-NAMES = {"rewards/margin": "margin", "rewards/accuracy": "accuracy"}
+CALLED = {"rewards/margin": "margin", "rewards/accuracy": "accuracy"}
 
 
 class Sides(NamedTuple):
@@ -74,6 +75,7 @@ def preference_loss(
     reference: Reference | None = None,
     nll_weight: float = 0.0,
     balance: float = 0.0,
+    keep: Keep | None = None,
 ) -> SumLoss:
     """Returns the summed loss of a batch of pairs; see `training.step.SumLoss`.
 
@@ -87,6 +89,7 @@ def preference_loss(
         reference: gives the reference's log-probabilities; None: there is none.
         nll_weight: coefficient of the mean NLL a token of the chosen completions.
         balance: coefficient of the load-balancing loss of a model with experts.
+        keep: a further term; None: none.
     """
 
     def sum_loss(
@@ -107,7 +110,7 @@ def preference_loss(
         main, metrics = term(
             Sides(sides(logprobs), None if fixed is None else sides(fixed), lengths, weights)
         )
-        metrics = {NAMES.get(name, name): value for name, value in metrics.items()}
+        metrics = {CALLED.get(name, name): value for name, value in metrics.items()}
         if fixed is not None:
             metrics["drift"] = weighted(jnp.abs(logprobs - fixed), completions > 0)
         losses = {"preference": main}
@@ -119,15 +122,22 @@ def preference_loss(
             metrics["router_balance"] = uneven
             if balance:
                 losses["balance"] = Weighted(balance * uneven.sum, uneven.weight)
+        if keep is not None:
+            losses[NAME] = keep(params, batch, found, key)
         return main if len(losses) == 1 else losses, metrics
 
     return sum_loss
 
 
+def base_reference(config: ModelConfig, shards: int) -> Reference:
+    """Returns the reference of a run that starts as its base."""
+    return lambda params, batch, _: base_logprobs(config, params, batch, shards)
+
+
 def reference_of(config: Any, parts: Parts, shards: int) -> Reference:
     """Returns what gives the reference's log-probabilities in a run of a resolved config."""
     if adapters_off(parts, config.peft.get("init_from")):
-        return lambda params, batch, _: base_logprobs(parts.config, params, batch, shards)
+        return base_reference(parts.config, shards)
     return lambda params, batch, found: found.batch[COLUMN]
 
 
@@ -176,6 +186,24 @@ def cpo_pairs(objective: Any) -> Term:
     )
 
 
+def likelihood_term(sides: Sides) -> tuple[Weighted, Metrics]:
+    """Returns the NLL a token of the chosen sides, and which side a model without reference likes.
+
+    `accuracy` and `margin` are of the log-probabilities of whole completions, `accuracy_per_token`
+    and `margin_per_token` of their means over tokens.
+    """
+    loss = weighted(-sides.averages.chosen, sides.weights * sides.lengths.chosen)
+    metrics = {
+        name: value
+        for name, value in preference_metrics(sides.policy, sides.policy, sides.weights).items()
+        if name not in ("rewards/chosen", "rewards/rejected")
+    }
+    gap = sides.averages.margin
+    metrics["accuracy_per_token"] = weighted(gap > 0, sides.weights)
+    metrics["margin_per_token"] = weighted(gap, sides.weights)
+    return loss, metrics
+
+
 def loss_at_start(objective: Any) -> float | None:
     """Returns the preference loss where policy and reference are one.
 
@@ -198,7 +226,7 @@ def of_pairs(
         at_start: of a loss with a reference: the section → the loss where both are one.
     """
 
-    def make(config: Any, parts: Parts, shards: int, balance: float) -> SumLoss:
+    def make(config: Any, parts: Parts, shards: int, balance: float, keep: Keep | None) -> SumLoss:
         objective = config.objective
         return preference_loss(
             parts.config,
@@ -208,11 +236,16 @@ def of_pairs(
             reference=reference_of(config, parts, shards) if at_start is not None else None,
             nll_weight=objective.nll_weight,
             balance=balance,
+            keep=keep,
         )
 
+    def trained(config: Any, parts: Parts, shards: int) -> SumLoss:
+        keep = keep_of(config, parts, shards)
+        return make(config, parts, shards, config.objective.balance, keep)
+
     return Objective(
-        trained=lambda config, parts, shards: make(config, parts, shards, config.objective.balance),
-        held_out=lambda config, parts, shards: make(config, parts, shards, 0.0),
+        trained=trained,
+        held_out=lambda config, parts, shards: make(config, parts, shards, 0.0, None),
         likelihood=False,
         at_start=at_start,
     )

@@ -80,7 +80,7 @@ def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
     steps = config.total_steps
     ratio = round(config.optim.get("warmup_ratio", 0.0) * steps)
     warmup = config.optim.get("warmup_steps", ratio)
-    return PromptData(stream, Budget(steps), warmup, evals, rewards)
+    return PromptData(stream, Budget(steps), warmup, evals, rewards=rewards)
 
 
 def open_one(entry: Any, config: Any, base: Base, num_virtual: int, key: str) -> PromptStore:

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -32,7 +32,7 @@ from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
 from jaxtune.peft.registry import spec_of
 from jaxtune.recipes.build import Plan
-from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.data import Data
 from jaxtune.recipes.reference import COLUMN, check_start, needs_column
 from jaxtune.recipes.scores import at_targets, predictions
 
@@ -54,9 +54,9 @@ def with_reference(plan: Plan, start: Start, workdir: Path) -> Plan:
     Raises:
         RequestError: what is kept is damaged.
     """
-    if not needs_column(OBJECTIVES[plan.config.objective.name], plan.config, plan.parts):
+    if not needs_column(plan.objective, plan.config, plan.parts):
         return plan
-    stores = stores_of(plan)
+    stores = stores_of(plan.data)
     sizes = [int(store.lengths.sum()) for store in stores]
     path = path_of(plan, stores, workdir)
     kept = read(path, sum(sizes))
@@ -66,29 +66,29 @@ def with_reference(plan: Plan, start: Start, workdir: Path) -> Plan:
         kept = np.concatenate([column(plan, store, trainable, frozen) for store in stores])
         if processes.is_writer():
             write(path, kept)
-    flats = np.split(kept, np.cumsum(sizes)[:-1])
-    trained = len(plan.data.stream.stores)
-    data = dataclasses.replace(
-        plan.data,
-        stream=plan.data.stream.with_column(COLUMN, flats[:trained]),
-        evals={
-            name: store.with_column(COLUMN, flat)
-            for (name, store), flat in zip(plan.data.evals.items(), flats[trained:], strict=True)
-        },
-    )
-    return dataclasses.replace(plan, data=data)
+    flats = iter(np.split(kept, np.cumsum(sizes)[:-1]))
+    return dataclasses.replace(plan, data=with_columns(plan.data, flats))
+
+
+def with_columns(data: Data, flats: Iterator[np.ndarray]) -> Data:
+    """Returns the data with a column of each store, in the order of `stores_of`."""
+    stream = data.stream.with_column(COLUMN, [next(flats) for _ in data.stream.stores])
+    evals = {name: store.with_column(COLUMN, next(flats)) for name, store in data.evals.items()}
+    others = data.mismatched and with_columns(data.mismatched, flats)
+    return dataclasses.replace(data, stream=stream, evals=evals, mismatched=others)
 
 
 def check_kept(plan: Plan, workdir: Path) -> None:
     """Raises RequestError if what the workdir keeps of the plan's reference is damaged."""
-    if needs_column(OBJECTIVES[plan.config.objective.name], plan.config, plan.parts):
-        stores = stores_of(plan)
+    if needs_column(plan.objective, plan.config, plan.parts):
+        stores = stores_of(plan.data)
         read(path_of(plan, stores, workdir), sum(int(store.lengths.sum()) for store in stores))
 
 
-def stores_of(plan: Plan) -> list[Store]:
+def stores_of(data: Data) -> list[Store]:
     """Returns the stores whose targets need the reference: of training, then of evaluation."""
-    return [*plan.data.stream.stores, *plan.data.evals.values()]
+    others = [] if data.mismatched is None else stores_of(data.mismatched)
+    return [*data.stream.stores, *data.evals.values(), *others]
 
 
 def path_of(plan: Plan, stores: Sequence[Store], workdir: Path) -> Path:
@@ -105,7 +105,7 @@ def check(plan: Plan, trainable: Tree, frozen: Tree) -> None:
         plan: of the run, with the reference in its data.
         trainable, frozen: the parameters before the first update.
     """
-    objective = OBJECTIVES[plan.config.objective.name]
+    objective = plan.objective
     if objective.at_start is None:
         return
     size = plan.config.batch_size
@@ -113,6 +113,9 @@ def check(plan: Plan, trainable: Tree, frozen: Tree) -> None:
     first = plan.data.stream.batch(
         0, size, slice(None) if rows is None else rows.held, plan.data.budget.rows
     )
+    # What the feed adds is 0 where policy and reference are one.
+    whole = plan.objective.padding(plan.config, plan.data, 1, plan.parts.method.num_virtual)
+    first = {name: np.zeros_like(first["loss_mask"]) for name in whole} | first
     sums = loss_sums(plan.evaluation, trainable, frozen, [first], plan.mesh, rows, likelihood=False)
     wanted = objective.at_start(plan.config.objective)
     check_start(wanted, sums.means(), plan.config.model.dtype)

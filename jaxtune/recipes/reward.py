@@ -20,12 +20,12 @@ from jaxtune.parallel.sequence import balanced
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.objective import Objective
-from jaxtune.training.step import Loss, SumLoss
+from jaxtune.recipes.preference import most_completions
+from jaxtune.training.step import Loss, Metrics, SumLoss
 
 Batch = dict[str, jax.Array]
 # (scores float32 [B, T], batch) → (loss, metrics)
-OfScores = Callable[[jax.Array, Batch], tuple[Weighted, dict[str, Weighted]]]
-FORMATS = ("preference", "ranked", "stepwise")
+OfScores = Callable[[jax.Array, Batch], tuple[Weighted, Metrics]]
 
 
 def scored_loss(
@@ -41,7 +41,7 @@ def scored_loss(
 
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None
-    ) -> tuple[Loss, dict[str, Weighted]]:
+    ) -> tuple[Loss, Metrics]:
         params, batch = combine(trainable, frozen), balanced(batch)
         hidden = decoder.hidden_states(config, method, params, batch, key=key)
         loss, metrics = of_scores(decoder.scores(config, method, params, hidden.states), batch)
@@ -56,20 +56,33 @@ def scored_loss(
     return sum_loss
 
 
-def of_pairs(
-    scores: jax.Array, batch: Batch, *, packed: bool, centering: float, calibrated: bool
-) -> tuple[Weighted, dict[str, Weighted]]:
-    """Returns the Bradley–Terry loss of chosen and rejected, each scored at its last token.
+def of_batch(
+    scores: jax.Array, batch: Batch, *, centering: float = 0.0, calibrated: bool = False
+) -> tuple[Weighted, Metrics]:
+    """Returns the loss of scores for what the batch holds: pairs, ranked lists or judged steps.
 
     Args:
         scores: float32 [B, T].
-        batch: `completions`, `positions`, `example_weight` and `margin`, all [B, T].
-        packed: rows may hold several pairs.
-        centering: coefficient of `objectives.reward.centring`.
-        calibrated: add what the calibration error is made of to the metrics.
+        batch: its keys tell which, see `data.columns`.
+        centering: coefficient of `objectives.reward.centring`, of pairs.
+        calibrated: add what the calibration error of pairs is made of to the metrics.
+    """
+    if "label" in batch:
+        return of_steps(scores, batch)
+    if "groups" in batch:
+        return of_lists(scores, batch)
+    return of_pairs(scores, batch, centering, calibrated)
+
+
+def of_pairs(
+    scores: jax.Array, batch: Batch, centering: float, calibrated: bool
+) -> tuple[Weighted, Metrics]:
+    """Returns the Bradley–Terry loss of chosen and rejected, each scored at its last token.
+
+    Reads `completions`, `positions`, `example_weight` and `margin`; see `of_batch`.
     """
     completions = batch["completions"]
-    count = most_completions(scores.shape[1]) if packed else 2
+    count = most_completions(scores.shape[1])
     sides = pairs(at_last(scores, completions, batch["positions"], count))
     weights = pair_weights(completions, count, batch["example_weight"])
     margin = pairs(of_completion(batch["margin"], completions, count)).chosen
@@ -79,30 +92,29 @@ def of_pairs(
     return loss, named(metrics)
 
 
-def of_lists(scores: jax.Array, batch: Batch) -> tuple[Weighted, dict[str, Weighted]]:
+def of_lists(scores: jax.Array, batch: Batch) -> tuple[Weighted, Metrics]:
     """Returns the pairwise loss of ranked completions, which follow one another, the best first.
 
-    Args:
-        scores: float32 [B, T].
-        batch: `completions`, `groups`, `positions` and `example_weight`, all [B, T].
+    Reads `completions`, `groups`, `positions` and `example_weight`; pairs among the data, which are
+    lists of two, have a `margin` as well.
     """
     completions = batch["completions"]
-    count = most_completions(scores.shape[1])
+    count = scores.shape[1]  # a list may be long, and its completions share a prompt
     lists = of_completion(batch["groups"], completions, count).astype(jnp.int32)
     ranks = jnp.broadcast_to(jnp.arange(count), lists.shape)
     weights = of_completion(batch["example_weight"], completions, count)
     ends = at_last(scores, completions, batch["positions"], count)
-    loss, metrics = ranked_loss(ends, lists, ranks, weights)
+    margin = 0.0
+    if "margin" in batch:
+        margin = of_completion(batch["margin"], completions, count)
+    loss, metrics = ranked_loss(ends, lists, ranks, weights, margin)
     return loss, named(metrics)
 
 
-def of_steps(scores: jax.Array, batch: Batch) -> tuple[Weighted, dict[str, Weighted]]:
+def of_steps(scores: jax.Array, batch: Batch) -> tuple[Weighted, Metrics]:
     """Returns the cross-entropy of judged steps, each scored at its last token.
 
-    Args:
-        scores: float32 [B, T].
-        batch: `label`, `example_weight` and `loss_mask`, all [B, T]; the last is not 0 at the last
-            token of each step alone.
+    Reads `label`, `example_weight` and `loss_mask`, which is not 0 at those tokens alone.
     """
     weights = jnp.where(batch["loss_mask"] > 0, batch["example_weight"], 0.0)
     return step_loss(scores, batch["label"], weights)
@@ -117,40 +129,22 @@ def named(metrics: dict[str, Weighted]) -> dict[str, Weighted]:
     return {name.removeprefix("rewards/"): value for name, value in metrics.items()}
 
 
-def most_completions(tokens: int) -> int:
-    """Returns an even number that the completions of a row of so many tokens do not exceed."""
-    return tokens + tokens % 2
-
-
-def of_format(
-    format: str, *, packed: bool = False, centering: float = 0.0, calibrated: bool = False
-) -> OfScores:
-    """Returns the loss of scores for data of a format; see `of_pairs`, `of_lists`, `of_steps`."""
-    if format == "ranked":
-        return of_lists
-    if format == "stepwise":
-        return of_steps
-    return functools.partial(of_pairs, packed=packed, centering=centering, calibrated=calibrated)
-
-
-def format_of(config: Any) -> str:
-    """Returns the format that all data of a resolved config have."""
-    return config.data.train[0].format
-
-
 def trained_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
     """Returns the loss that a run of the resolved config minimises."""
     del shards
-    of_scores = of_format(
-        format_of(config), packed=config.data.packing, centering=config.objective.centering
-    )
+    of_scores = functools.partial(of_batch, centering=config.objective.centering)
     return scored_loss(parts.config, parts.method, of_scores, config.objective.balance)
 
 
 def held_out_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
     """Returns the loss without centring, with accuracy and calibration."""
-    del shards
-    return scored_loss(parts.config, parts.method, of_format(format_of(config), calibrated=True))
+    del config, shards
+    return measured_loss(parts.config, parts.method)
+
+
+def measured_loss(config: ModelConfig, method: Method) -> SumLoss:
+    """Returns the loss by which a reward model is measured, with accuracy and calibration."""
+    return scored_loss(config, method, functools.partial(of_batch, calibrated=True))
 
 
 OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=False)

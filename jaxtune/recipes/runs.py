@@ -124,8 +124,12 @@ def open_base(
     return with_new_tokens(base, model.add_tokens) if model.add_tokens else base
 
 
-def open_run(workdir: Path) -> Run:
+def open_run(workdir: Path, pick: str | None = None) -> Run:
     """Returns the run in a workdir; weights are not read yet.
+
+    Args:
+        workdir: the run's.
+        pick: which checkpoint; see `workdir.result_step`.
 
     Raises:
         RequestError: there is no run, no checkpoint, or the base is not what it was.
@@ -135,7 +139,7 @@ def open_run(workdir: Path) -> Run:
     config = resolve(read_json(workdir / files.CONFIG))
     saved: RunCheckpoints = files.open_checkpoints(workdir, config, reading=True)
     try:
-        step = saved.best_step()
+        step = files.result_step(saved, config, pick)
         if step is None:
             raise RequestError("the run has saved no checkpoint yet", where=workdir)
         meta = saved.meta(step)

@@ -16,7 +16,7 @@ _PROMPTS = ("prompt",)
 FORMATS_OF: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "sft": _TEXTS,
-        "pretrain": ("text", "tokens"),
+        "pretrain": _TEXTS,  # it trains on "text" and "tokens" alone; see schema_rules
         "distill": _TEXTS,
         "dpo": _PAIRS,
         "simpo": _PAIRS,

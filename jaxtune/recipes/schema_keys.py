@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
 from jaxtune.recipes.schema_objective import OBJECTIVE
+from jaxtune.recipes.schema_retention import retention_keys
 
 PRESETS = (
     "tiny-1m",
@@ -357,6 +358,14 @@ _OPTIM = (
         optional=True,
     ),
     Key(
+        "optim.layer_decay",
+        "float",
+        1.0,
+        "factor of the learning rate from each block to the one below it",
+        above=0,
+        high=1,
+    ),
+    Key(
         "optim.groups",
         "groups",
         (),
@@ -424,6 +433,13 @@ _RUN = (
         optional=True,
     ),
     Key("log.every_steps", "int", 10, "steps between two rows of metrics.jsonl", low=1),
+    Key(
+        "log.samples",
+        "int",
+        0,
+        "completions of held-out prompts that the report shows before and after",
+        low=0,
+    ),
     Key("log.tensorboard", "bool", True, "write TensorBoard files"),
     Key("log.wandb", "bool", False, "report to Weights & Biases"),
 )
@@ -438,6 +454,7 @@ KEYS: tuple[Key, ...] = (
     *_OPTIM,
     *_MESH,
     *_RUN,
+    *retention_keys(EVAL_ENTRY),
 )
 BY_PATH: dict[str, Key] = {key.path: key for key in KEYS}
 SECTIONS: tuple[str, ...] = tuple(

@@ -7,7 +7,6 @@ from jaxtune.recipes.schema_online import ONLINE
 
 # Objectives that learn from pairs of completions.
 PAIRED = ("dpo", "orpo", "simpo", "cpo")
-_LATER = "is not available in this version of jaxtune"
 
 REWARD_ENTRY = (
     Key(
@@ -46,8 +45,7 @@ OBJECTIVE: tuple[Key, ...] = (
         "choice",
         "sft",
         "what is learned",
-        choices=("sft", "pretrain", *PAIRED, "reward", "grpo", "ppo"),
-        refused={"distill": _LATER},
+        choices=("sft", "pretrain", *PAIRED, "kto", "distill", "reward", "grpo", "ppo"),
     ),
     Key(
         "objective.balance",
@@ -71,8 +69,24 @@ OBJECTIVE: tuple[Key, ...] = (
         "strength of the pull towards the reference; simpo, cpo: scale of the rewards; orpo: "
         "weight of the odds ratio",
         above=0,
-        used_by=_objective(*PAIRED),
+        used_by=_objective(*PAIRED, "kto"),
         defaults={"simpo": 2.0},
+    ),
+    Key(
+        "objective.desirable_weight",
+        "float",
+        1.0,
+        "factor of the loss of desirable completions",
+        low=0,
+        used_by=_objective("kto"),
+    ),
+    Key(
+        "objective.undesirable_weight",
+        "float",
+        1.0,
+        "factor of the loss of the others",
+        low=0,
+        used_by=_objective("kto"),
     ),
     Key(
         "objective.label_smoothing",
@@ -98,10 +112,60 @@ OBJECTIVE: tuple[Key, ...] = (
         "objective.nll_weight",
         "float",
         0.0,
-        "weight of the mean NLL a token of the chosen completions",
+        "weight of the mean NLL a token of the chosen completions; distill: of the targets",
         low=0,
-        used_by=_objective(*PAIRED),
+        used_by=_objective(*PAIRED, "distill"),
         defaults={"orpo": 1.0, "cpo": 1.0},
+    ),
+    Key(
+        "objective.teacher",
+        "path",
+        None,
+        "model whose distributions are learned: a Hugging Face directory or a run's workdir",
+        optional=True,
+        used_by=_objective("distill"),
+    ),
+    Key(
+        "objective.teacher_data",
+        "path",
+        None,
+        "directory that jaxtune data teacher has written, in place of the teacher",
+        optional=True,
+        used_by=_objective("distill"),
+    ),
+    Key(
+        "objective.teacher_quantize",
+        "choice",
+        "none",
+        "how the kernels of the teacher's blocks are held",
+        choices=("none", "int8", "nf4"),
+        used_by=_objective("distill"),
+    ),
+    Key(
+        "objective.teacher_temperature",
+        "float",
+        1.0,
+        "divides the logits of teacher and student",
+        above=0,
+        used_by=_objective("distill"),
+    ),
+    Key(
+        "objective.divergence",
+        "choice",
+        "forward",
+        "forward: KL(teacher‖student); reverse: KL(student‖teacher); jsd: the generalised "
+        "Jensen–Shannon divergence",
+        choices=("forward", "reverse", "jsd"),
+        used_by=_objective("distill"),
+    ),
+    Key(
+        "objective.mixture",
+        "float",
+        0.5,
+        "share of the teacher in the middle of the jsd",
+        above=0,
+        below=1,
+        used_by=(*_objective("distill"), ("objective.divergence", ("jsd",))),
     ),
     Key(
         "objective.rewards",

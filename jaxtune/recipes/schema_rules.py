@@ -34,11 +34,13 @@ def apply(values: Values, given: Mapping[str, Any]) -> Values:
     _model(values)
     _peft(values)
     _data(values)
+    _teacher(values)
     _length(values)
     _optim(values)
     _mesh(values, given)
     schema_rules_online.apply(values, given)
     _evaluation(values, given)
+    _retention(values)
     return values
 
 
@@ -102,8 +104,18 @@ def _data(values: Values) -> None:
                 )
     check_formats(values["objective.name"], "train", train)
     check_formats(values["objective.name"], "eval", held_out)
+    if values["objective.name"] == "kto" and values["data.packing"]:
+        raise RequestError(
+            "contradicts objective.name = 'kto': each row is matched with one of another prompt",
+            key="data.packing",
+        )
     check_overlong(values["objective.name"], values["data.overlong"])
     formats = {entry["format"] for entry in (*train, *held_out)}
+    if values.get("objective.centering") and formats != {"preference"}:
+        raise RequestError(
+            f"is for pairs, of format 'preference'; here are {sorted(formats)}",
+            key="objective.centering",
+        )
     if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
         raise RequestError(
             f"is used only by the formats that hold messages; here are {sorted(formats)}",
@@ -121,10 +133,27 @@ def _data(values: Values) -> None:
             f"{virtual} virtual tokens leave no room in data.seq_len = {values['data.seq_len']}",
             key="peft.num_tokens",
         )
-    values["data.eval"] = _named(held_out)
+    values["data.eval"] = _named(held_out, "data.eval")
+    values["retention.data"] = _named(values["retention.data"], "retention.data")
 
 
-def _named(entries: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+def _teacher(values: Values) -> None:
+    if values["objective.name"] != "distill":
+        return
+    teacher, stored = values["objective.teacher"], values["objective.teacher_data"]
+    if (teacher is None) == (stored is None):
+        problem = "missing: give a model, or" if teacher is None else "contradicts"
+        raise RequestError(
+            f"{problem} objective.teacher_data, what one said on disk", key="objective.teacher"
+        )
+    if stored is not None and values["objective.teacher_quantize"] != "none":
+        raise RequestError(
+            "contradicts objective.teacher_data: no teacher is loaded",
+            key="objective.teacher_quantize",
+        )
+
+
+def _named(entries: tuple[dict[str, Any], ...], key: str) -> tuple[dict[str, Any], ...]:
     """Names each evaluation source: the given name, the file's stem, or stem-index."""
     stems = [entry["name"] or _stem(entry["source"]) for entry in entries]
     counts = collections.Counter(stems)
@@ -134,10 +163,10 @@ def _named(entries: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
         if not re.fullmatch(r"[\w.-]+", name):
             raise RequestError(
                 f"expected letters, digits, '_', '-' and '.'; got {name!r}",
-                key=f"data.eval[{i}].name",
+                key=f"{key}[{i}].name",
             )
         if name in seen:
-            raise RequestError(f"{name!r} is taken", key=f"data.eval[{i}].name")
+            raise RequestError(f"{name!r} is taken", key=f"{key}[{i}].name")
         seen.add(name)
         named.append({**entry, "name": name})
     return tuple(named)
@@ -218,8 +247,13 @@ def _mesh(values: Values, given: Mapping[str, Any]) -> None:
 
 def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
     best = values["checkpoint.keep_best"]
-    if not values["data.eval"]:
-        for key in ("eval.every_steps", "eval.batch_size", "checkpoint.keep_best"):
+    measured = values["data.eval"] or values["retention.data"]
+    if not values["data.eval"] and given.get("checkpoint.keep_best") is not None:
+        raise RequestError(
+            "needs evaluation data, and data.eval is empty", key="checkpoint.keep_best"
+        )
+    if not measured:
+        for key in ("eval.every_steps", "eval.batch_size"):
             if given.get(key) is not None:
                 raise RequestError("needs evaluation data, and data.eval is empty", key=key)
     elif best is not None:
@@ -238,5 +272,27 @@ def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
                 key="checkpoint.keep_best",
             )
     sampled = values["objective.name"] in schema_rules_online.NAMES
-    if values["data.eval"] and values["eval.batch_size"] is None and not sampled:
+    rows = values["retention.data"] or (values["data.eval"] and not sampled)
+    if rows and values["eval.batch_size"] is None:
         values["eval.batch_size"] = values["batch_size"]
+
+
+def _retention(values: Values) -> None:
+    rolls_back = values["retention.on_rise"] == "rollback"
+    if not values["retention.data"]:
+        for key in ("retention.max_rise", "retention.ewc"):
+            if values[key]:
+                raise RequestError("needs retention.data, which is empty", key=key)
+    if values["retention.max_rise"] is None:
+        if rolls_back:
+            raise RequestError("'rollback' needs retention.max_rise", key="retention.on_rise")
+        return
+    if values["eval.every_steps"] is None:
+        raise RequestError("needs eval.every_steps", key="retention.max_rise")
+    save, evaluate = values["checkpoint.every_steps"], values["eval.every_steps"]
+    if rolls_back and (save is None or save % evaluate):
+        raise RequestError(
+            f"'rollback' needs an evaluation at each checkpoint: checkpoint.every_steps = {save} "
+            f"is no multiple of eval.every_steps = {evaluate}",
+            key="retention.on_rise",
+        )

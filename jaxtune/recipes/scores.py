@@ -63,7 +63,7 @@ def target_side(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
-    """Returns values [B, T] of `Predictions` at the tokens' own places; 0 at a row's first.
+    """Returns values [B, T, …] of `Predictions` at the tokens' own places; 0 at a row's first.
 
     Args:
         values: one of the arrays of a `Predictions`.
@@ -74,7 +74,7 @@ def at_targets(values: jax.Array, branched: bool = False) -> jax.Array:
     shards = sequence_shards()
     if shards > 1:
         values = values[:, np.argsort(zigzag(values.shape[1], shards))]
-    return jnp.pad(values[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(values[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (values.ndim - 2)))
 
 
 def predicting_places(branches: jax.Array) -> jax.Array:
@@ -92,6 +92,21 @@ def predicting_places(branches: jax.Array) -> jax.Array:
     before = jnp.maximum(here - 1, 0)
     begins = (branches > 0) & (branches != jnp.take_along_axis(branches, before, axis=1))
     return jnp.where(begins, prompt, before)
+
+
+def predicting_states(
+    config: ModelConfig,
+    method: Method,
+    params: Tree,
+    inputs: dict[str, jax.Array],
+    key: jax.Array | None = None,
+) -> decoder.Hidden:
+    """Returns the Hidden of a batch's `INPUTS`, its states at the places of `Predictions`."""
+    hidden = decoder.hidden_states(config, method, params, inputs, key=key)
+    if "branches" not in inputs:
+        return hidden
+    places = predicting_places(inputs["branches"])
+    return hidden._replace(states=jnp.take_along_axis(hidden.states, places[:, :, None], axis=1))
 
 
 def predictions(
@@ -115,21 +130,17 @@ def predictions(
     """
     batch = balanced(target_side(batch))
     inputs = {name: batch.pop(name) for name in INPUTS if name in batch}
-    hidden = decoder.hidden_states(config, method, params, inputs, key=key)
-    states = hidden.states
-    if "branches" in inputs:
-        places = predicting_places(inputs["branches"])
-        states = jnp.take_along_axis(states, places[:, :, None], axis=1)
+    hidden = predicting_states(config, method, params, inputs, key)
     scores = token_scores(
         functools.partial(decoder.logits, config, method, params, key=key),
-        states,
+        hidden.states,
         batch["targets"],
         config.vocab_size,
         logits_bytes=logits_bytes,
         shards=shards,
         pieces=sequence_shards(),
     )
-    return Predictions(scores, batch, states, hidden.balance)
+    return Predictions(scores, batch, hidden.states, hidden.balance)
 
 
 def chunk_bytes(config: ModelConfig, trainable: Tree, shards: int) -> int:

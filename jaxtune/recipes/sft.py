@@ -13,12 +13,19 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.sft import next_token_loss, router_balance
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
+from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.scores import chunk_bytes, predictions
-from jaxtune.training.step import SumLoss
+from jaxtune.training.step import Loss, SumLoss
 
 
-def sft_loss(config: ModelConfig, method: Method, shards: int, balance: float = 0.0) -> SumLoss:
+def sft_loss(
+    config: ModelConfig,
+    method: Method,
+    shards: int,
+    balance: float = 0.0,
+    keep: Keep | None = None,
+) -> SumLoss:
     """Returns the summed next-token loss of a batch; see `training.step.SumLoss`.
 
     Args:
@@ -26,11 +33,12 @@ def sft_loss(config: ModelConfig, method: Method, shards: int, balance: float = 
         shards: over how many devices the rows of a batch are spread.
         balance: coefficient of the load-balancing loss of a model with experts, which is a metric
             in any case.
+        keep: a further term; None: none.
     """
 
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
-    ) -> tuple[Weighted, dict[str, Weighted]]:
+    ) -> tuple[Loss, dict[str, Weighted]]:
         params = combine(trainable, decoder.with_gathered_head(config, frozen))
         size = chunk_bytes(config, trainable, shards)
         found = predictions(config, method, params, batch, key, shards=shards, logits_bytes=size)
@@ -40,14 +48,17 @@ def sft_loss(config: ModelConfig, method: Method, shards: int, balance: float = 
             uneven = router_balance(found.balance, weights)
             metrics["router_balance"] = uneven
             loss = Weighted(loss.sum + balance * uneven.sum, loss.weight)
-        return loss, metrics
+        if keep is None:
+            return loss, metrics
+        return {"sft": loss, NAME: keep(params, batch, found, key)}, metrics
 
     return sum_loss
 
 
 def trained_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
     """Returns the loss that a run of the resolved config minimises."""
-    return sft_loss(parts.config, parts.method, shards, config.objective.balance)
+    keep = keep_of(config, parts, shards)
+    return sft_loss(parts.config, parts.method, shards, config.objective.balance, keep)
 
 
 def held_out_loss(config: Any, parts: Parts, shards: int) -> SumLoss:

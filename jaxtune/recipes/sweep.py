@@ -16,6 +16,7 @@ from typing import Any
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.recipes.hyper import Trial, short_name
 from jaxtune.recipes.overrides import assign
+from jaxtune.recipes.report import write_sweep
 from jaxtune.recipes.schema import Resolved, changes, resolve
 from jaxtune.recipes.workdir import check_writable
 from jaxtune.training.workdir import read_json
@@ -138,6 +139,7 @@ def run_sweep(
             rows.append(_run_one(trial, directory, run, metric))
         ranked = rank(rows, mode)
         write_results(ranked, workdir / "results.csv", metric)
+        write_sweep(workdir, ranked, metric)
         if rows[-1].status == "preempted":
             break
     done = [row for row in rows if row.status in ("finished", "kept")]

@@ -20,17 +20,20 @@ from jaxtune.checkpoints.runs import DamagedCheckpoint, RunCheckpoints
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import Tree, flatten, unflatten
+from jaxtune.optim.anchor import with_importance
 from jaxtune.parallel import processes
 from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
 from jaxtune.parallel.rules import replicated
 from jaxtune.peft.registry import spec_of
-from jaxtune.recipes import reference_data
+from jaxtune.recipes import reference_data, retention, showcase
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import seconds_of
 from jaxtune.recipes.build import Plan, build
+from jaxtune.recipes.report import write_report
 from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.versions import code_fingerprint, versions
 from jaxtune.training import stop, writers
 from jaxtune.training.compile import fresh_state
 from jaxtune.training.loop import Hooks, Outcome, Totals, run_loop
@@ -131,6 +134,7 @@ def train(
             summary["damaged_checkpoints"] = {str(s): told for s, told in begun.damaged.items()}
         if is_writer():
             write_json(workdir / files.SUMMARY, summary)
+            write_report(workdir)
     return Result(summary, rows)
 
 
@@ -297,6 +301,16 @@ def run(
                     put({"step": row["step"], **texts(row)})
 
         source = plan.objective.open_feed(plan, begun, note)
+        before = begin_retention(plan, begun, workdir, log)
+        if start == 0:
+            showcase.show(plan, workdir, "before", begun.state.trainable, frozen)
+
+        def evaluate(state: TrainState) -> dict[str, float]:
+            found = plan.evaluate(state.trainable, frozen)
+            if plan.retention is None:
+                return found
+            kept = plan.retention.measure(state.trainable, frozen)
+            return found | retention.against(before, kept)
 
         def save(step: int, state: TrainState, totals: Totals, result: dict[str, float]) -> None:
             if is_writer():
@@ -321,7 +335,7 @@ def run(
             begun.state,
             frozen,
             source.feed,
-            Hooks(log, lambda s: plan.evaluate(s.trainable, frozen), save, display.update),
+            Hooks(log, evaluate, save, display.update, gate_of(plan)),
             begun.totals,
             mesh=plan.mesh,
             total_steps=plan.data.budget.steps,
@@ -333,8 +347,32 @@ def run(
             seconds_limit=seconds_limit,
         )
         saved.wait()
+        if outcome.stop_reason in (stop.FINISHED, stop.RETENTION):
+            showcase.show(plan, workdir, "after", outcome.state.trainable, frozen)
     processes.wait_for_all("end of training")
     return outcome, begun.totals
+
+
+def begin_retention(
+    plan: Plan, begun: Begun, workdir: Path, log: Callable[[dict[str, Any]], None]
+) -> dict[str, float]:
+    """Returns what is retained at the start of the run, which is logged as step 0."""
+    if plan.retention is None:
+        return {}
+
+    def measure() -> dict[str, float]:
+        return plan.retention.measure(begun.state.trainable, begun.frozen)
+
+    step = int(begun.state.step)
+    before, now = retention.begin(plan.retention, workdir, step, measure)
+    if now:
+        log({"step": step, **retention.against(before, before)})
+    return before
+
+
+def gate_of(plan: Plan) -> Callable[[dict[str, float]], str | None]:
+    """Returns what may end the run after an evaluation."""
+    return (lambda _: None) if plan.retention is None else plan.retention.gate
 
 
 def texts(row: dict[str, Any]) -> dict[str, str]:
@@ -379,7 +417,12 @@ def restore(
     """Returns (state, frozen): fresh, or as the newest checkpoint has them."""
     trainable, frozen = plan.parts.split(params)
     if latest is None:
-        return fresh_state(trainable, plan.tx, plan.config.seed, plan.layout), frozen
+        state = fresh_state(trainable, plan.tx, plan.config.seed, plan.layout)
+        if plan.config.retention.ewc:
+            found = plan.retention.importance(state.trainable, frozen)
+            held = with_importance(state.opt_state, found)
+            state = dataclasses.replace(state, opt_state=held)
+        return state, frozen
     model = saved.restore(latest, "model", plan.parts.saved_shapes())
     rest = saved.restore(latest, "state", dataclasses.replace(plan.layout.shapes, trainable=None))
     held = flatten(model["fixed"])
@@ -409,15 +452,8 @@ def summarise(
         "platform": plan.mesh.devices.flat[0].platform,
         "attention": dataclasses.asdict(plan.attention),
         "versions": versions(),
+        "code": code_fingerprint(),
     }
     if outcome.detail is not None:
         summary["detail"] = outcome.detail
     return summary
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that decide the numbers."""
-    from importlib.metadata import version
-
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
-    return {name: version(name) for name in names}

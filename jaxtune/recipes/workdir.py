@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxtune.checkpoints import pareto
+from jaxtune.checkpoints.pareto import Aims
 from jaxtune.checkpoints.runs import RunCheckpoints
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import copy_up, is_remote, move, place
 from jaxtune.recipes.schema import changes
+from jaxtune.training.stop import FINISHED, RETENTION
 from jaxtune.training.workdir import read_json, write_json
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
@@ -95,6 +98,7 @@ def check_fingerprints(
         "data": "data.train",
         "evaluation data": "data.eval",
         "tokenizer": "model.tokenizer",
+        "teacher": "objective.teacher",
     }
     for name, value in now.items():
         if saved.get(name) != value and not allow_change:
@@ -172,8 +176,45 @@ def open_checkpoints(workdir: Path, config: Any, *, reading: bool = False) -> Ru
         keep=config.checkpoint.keep,
         best=config.checkpoint.keep_best,
         async_save=config.checkpoint.async_save,
+        aims=aims_of(config),
         reading=reading,
     )
+
+
+def result_step(saved: RunCheckpoints, config: Any, pick: str | None = None) -> int | None:
+    """Returns the checkpoint that a run's result is; None if it has none.
+
+    That is the best by `checkpoint.keep_best`, else, where the run rolls back, the newest within
+    `retention.max_rise`, else the newest.
+
+    Args:
+        saved: its checkpoints.
+        config: its resolved config.
+        pick: one of `pareto.PICKS`, in place of the above.
+
+    Raises:
+        RequestError: no checkpoint was measured by both aims, or none is within the bound.
+    """
+    if pick is not None:
+        points = saved.points() if saved.aims else {}
+        if not points:
+            raise RequestError(
+                "no checkpoint of the run was measured on both data.eval and retention.data",
+                key="pick",
+                where=saved.directory,
+            )
+        return pareto.pick(points, pick)
+    bound = config.retention.max_rise
+    if config.retention.on_rise != "rollback" or config.checkpoint.keep_best is not None:
+        return saved.best_step()
+    rises = {step: saved.meta(step)["metrics"].get("retention/nll_rise") for step in saved.steps()}
+    inside = [step for step, rise in rises.items() if rise is not None and rise <= bound]
+    if rises and not inside:
+        raise RequestError(
+            f"no checkpoint is within retention.max_rise = {bound:g}; save more often",
+            where=saved.directory,
+        )
+    return max(inside, default=None)
 
 
 def put_aside(workdir: Path, damaged: Mapping[int, str], start: int) -> None:
@@ -205,7 +246,7 @@ def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the last training row together with the last evaluation, without the step."""
     last: dict[bool, dict[str, Any]] = {}
     for row in rows:
-        last[any(name.startswith("eval/") for name in row)] = row
+        last["loss" not in row] = row
     merged = last.get(False, {}) | last.get(True, {})
     return {name: value for name, value in merged.items() if name != "step"}
 
@@ -216,4 +257,11 @@ def finished(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     summary = read_json(path)
-    return summary if summary.get("stop_reason") == "finished" else None
+    return summary if summary.get("stop_reason") in (FINISHED, RETENTION) else None
+
+
+def aims_of(config: Any) -> Aims | None:
+    """Returns the two metrics whose front of checkpoints a run keeps; None: it keeps none."""
+    if not (config.retention.data and config.data.eval):
+        return None
+    return config.checkpoint.keep_best or "eval/loss", "retention/nll"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -101,10 +102,23 @@ def fresh_state(
 
 
 def abstract_batch(
-    batch_size: int, seq_len: int, keys: dict[str, np.dtype], sharding: NamedSharding
+    batch_size: int,
+    seq_len: int,
+    keys: dict[str, np.dtype],
+    sharding: NamedSharding,
+    rest: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch."""
+    """Returns the shapes of a batch, [B, T, …].
+
+    Args:
+        batch_size, seq_len: B and T.
+        keys: dtype of each array.
+        sharding: of all.
+        rest: further axes, of the arrays that have some.
+    """
     return {
-        name: jax.ShapeDtypeStruct((batch_size, seq_len), dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct(
+            (batch_size, seq_len, *rest.get(name, ())), dtype, sharding=sharding
+        )
         for name, dtype in keys.items()
     }

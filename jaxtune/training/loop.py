@@ -16,7 +16,7 @@ from jaxtune.parallel.batches import Rows, global_batch
 from jaxtune.training.feed import Feed
 from jaxtune.training.state import TrainState
 from jaxtune.training.step import BAD_LEAF
-from jaxtune.training.stop import BUDGET, FINISHED, NON_FINITE, StopRequest, reason_of
+from jaxtune.training.stop import BUDGET, FINISHED, NON_FINITE, RETENTION, StopRequest, reason_of
 
 Row = dict[str, Any]
 
@@ -40,12 +40,14 @@ class Hooks:
         evaluate: state → {"eval/…": value}.
         save: (step, state, totals, metrics of this step's evaluation; empty without one).
         progress: (step, loss, tokens a second), every step.
+        gate: metrics of an evaluation → why the run may not go on, or None.
     """
 
     log: Callable[[Row], None]
     evaluate: Callable[[TrainState], dict[str, float]]
     save: Callable[[int, TrainState, Totals, dict[str, float]], None]
     progress: Callable[[int, float, float], None]
+    gate: Callable[[dict[str, float]], str | None] = lambda _: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +166,11 @@ def run_loop(
                     hooks.log({"step": step, **result})
                 # Evaluation is not the step's time.
                 interval = (interval[0] + time.perf_counter() - before, *interval[1:])
-            asked = stop.reached(step)
-            if saving or asked:
+            asked, shut = stop.reached(step), hooks.gate(result)
+            if saving or asked or shut:
                 hooks.save(step, state, totals, result)
+            if shut:
+                return Outcome(state, RETENTION, step, shut)
             if asked and step < total_steps:
                 return Outcome(state, reason_of(asked), step, asked)
     return Outcome(state, FINISHED, step)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from jaxtune.parallel import processes
 
 FINISHED, PREEMPTED, NON_FINITE, ERROR = "finished", "preempted", "non_finite", "error"
-BUDGET = "budget"
+BUDGET, RETENTION = "budget", "retention"
 
 
 class StopRequest:

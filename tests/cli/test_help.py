@@ -27,7 +27,9 @@ VERBS = (
     ("data", "--help"),
     ("data", "prepare", "--help"),
     ("data", "inspect", "--help"),
+    ("data", "doctor", "--help"),
     ("sweep", "--help"),
+    ("diff", "--help"),
     ("quickstart", "--help"),
 )
 
@@ -69,6 +71,7 @@ def works(world: Path, recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     recipe("export", export=noting("export", {"out": "x"}))
     recipe("language_model", load=noting("load", lm))
     recipe("quickstart", main=noting("quickstart", 0))
+    recipe("diff", diff=noting("diff", {"config": []}))
     recipe("sweep_metrics", metric_names=lambda config: names_of(config))
     prepared = {"directory": "x", "splits": {"train": 1}}
     monkeypatch.setattr(jaxtune.data.prepare, "prepare", noting("prepare", prepared))

@@ -118,3 +118,14 @@ def measure(model: Small, config: Any, count: int = 1):
         return float(loss), {name: float(value) for name, value in metrics.items()}, flat
 
     return on
+
+
+def assert_same(one, two, tolerance: float = 1e-5) -> None:
+    """Losses, metrics and gradients, those relative to the largest of their leaf."""
+    np.testing.assert_allclose(one[0], two[0], rtol=tolerance)
+    for name, value in one[1].items():
+        np.testing.assert_allclose(value, two[1][name], rtol=tolerance, atol=1e-6, err_msg=name)
+    assert one[2].keys() == two[2].keys()
+    for path, a in one[2].items():
+        scale = max(np.abs(a).max(), np.abs(two[2][path]).max())
+        np.testing.assert_allclose(a, two[2][path], rtol=0, atol=tolerance * scale, err_msg=path)

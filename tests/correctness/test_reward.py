@@ -20,7 +20,7 @@ from jaxtune.optim.transform import OptimSpec, make_transform
 from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.recipes.heads import Heads, headed
-from jaxtune.recipes.reward import named, of_format, scored_loss
+from jaxtune.recipes.reward import named, of_batch, scored_loss
 from jaxtune.training.compile import fresh_state, jit_step, make_layout
 from jaxtune.training.step import BAD_LEAF, make_train_step, summed_gradients
 from tests.correctness.small import CONFIG, assert_same_gradients, plain, small
@@ -79,24 +79,24 @@ def put_steps(batch, r, rng, prompt, sizes, weight):
         batch["label"][r, at - 1] = c % 2
 
 
-def loss_of(model, format: str, calibrated: bool = False):
-    of_scores = of_format(format, centering=CENTERING, calibrated=calibrated)
+def loss_of(model, calibrated: bool = False):
+    of_scores = functools.partial(of_batch, centering=CENTERING, calibrated=calibrated)
     return scored_loss(model.parts.config, model.method, of_scores)
 
 
 @functools.cache
-def compiled(method, mesh, format: str, count: int):
-    loss = loss_of(small(method, REWARD, mesh), format)
+def compiled(method, mesh, count: int):
+    loss = loss_of(small(method, REWARD, mesh))
     key = jax.random.key(0)
     return jax.jit(lambda t, f, batch: plain(summed_gradients(loss, t, f, batch, key, count)))
 
 
-def gradients(model, format: str, batch, count: int = 1):
+def gradients(model, batch, count: int = 1):
     """(loss sum, weight, {path: gradient}) over `count` micro-batches, undivided."""
     trainable, frozen = model.parts.split(model.params)
     with jax.set_mesh(model.mesh):
         placed = global_batch(batch, model.mesh)
-        run = compiled(model.method, model.mesh, format, count)
+        run = compiled(model.method, model.mesh, count)
         loss, _, grads = run(trainable, frozen, placed)
     flat = {p: np.asarray(g) for p, g in flatten(grads).items() if g is not None}
     return float(loss.sum), float(loss.weight), flat
@@ -157,7 +157,7 @@ def oracle(model, format: str, batch) -> tuple[float, float]:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_loss_is_that_of_each_completion_alone(format):
     model, batch = small("lora", REWARD), batch_of(format)
-    total, weight, grads = gradients(model, format, batch)
+    total, weight, grads = gradients(model, batch)
     np.testing.assert_allclose((total, weight), oracle(model, format, batch), rtol=1e-5)
     assert np.abs(grads["score/kernel"]).max() > 0
     assert set(grads) == {*(path for path in grads if "/lora/" in path), "score/kernel"}
@@ -166,28 +166,26 @@ def test_the_loss_is_that_of_each_completion_alone(format):
 @pytest.mark.parametrize("format", FORMATS)
 def test_c1_micro_batches_equal_one_batch(format):
     model, batch = small("lora", REWARD), batch_of(format)
-    whole = gradients(model, format, batch)
+    whole = gradients(model, batch)
     # micro-batches of one row: some of them hold no pair
-    assert_same_gradients(gradients(model, format, batch, 8), whole)
+    assert_same_gradients(gradients(model, batch, 8), whole)
 
 
 def test_c2_devices_and_order_of_rows_do_not_matter():
     one, batch = small("lora", REWARD), batch_of("preference")
-    whole = gradients(one, "preference", batch)
+    whole = gradients(one, batch)
     order = np.random.default_rng(1).permutation(8)
-    assert_same_gradients(
-        gradients(one, "preference", {k: v[order] for k, v in batch.items()}), whole
-    )
+    assert_same_gradients(gradients(one, {k: v[order] for k, v in batch.items()}), whole)
     for axes in ({"fsdp": 2}, {"fsdp": 8}, {"tensor": 2, "sequence": 2, "data": 2}):
         spread = small("lora", REWARD, mesh=make_mesh(axes))
         tolerance = 1e-5 if "tensor" in axes else 1e-6
-        assert_same_gradients(gradients(spread, "preference", batch), whole, tolerance)
+        assert_same_gradients(gradients(spread, batch), whole, tolerance)
 
 
 def test_c3_evaluation_does_not_depend_on_batch_size_or_padding():
     model = small("lora", REWARD)
     trainable, frozen = model.parts.split(model.params)
-    loss = loss_of(model, "preference", calibrated=True)
+    loss = loss_of(model, calibrated=True)
     step = jax.jit(lambda t, f, b: loss(t, f, b, None))
 
     def measured(size: int, width: int):
@@ -232,7 +230,7 @@ def test_c10_the_score_is_read_at_the_last_token_by_hand():
     batch = {key: jnp.array(value, jnp.int32) for key, value in batch.items()}
     on = (batch["completions"] > 0).astype(jnp.float32)
     batch |= {"loss_mask": on, "margin": 0.5 * on, "example_weight": 2 * on}
-    loss = scored_loss(config, model.method, of_format("preference", calibrated=True))
+    loss = scored_loss(config, model.method, functools.partial(of_batch, calibrated=True))
     frozen = map_paths(lambda *_: None, model.params)
     found, metrics = jax.jit(lambda p, b: loss(p, frozen, b, None))(model.params, batch)
     assert math.isclose(found.sum, 2 * math.log1p(math.exp(-(2.75 - 0.5))), rel_tol=1e-5)
@@ -252,7 +250,7 @@ def test_c33_a_batch_without_pairs_gives_no_gradient():
     spec = OptimSpec(weight_decay=0.0)
     tx = make_transform(spec, model.parts.labels, trained, schedule, ())
     layout = make_layout(trained, held, model.parts.shardings, tx, model.mesh)
-    step = jit_step(make_train_step(loss_of(model, "preference"), tx, schedule, 1), layout)
+    step = jit_step(make_train_step(loss_of(model), tx, schedule, 1), layout)
     trainable, frozen = model.parts.split(model.params)
     before = {p: np.asarray(x) for p, x in flatten(trainable).items() if x is not None}
     with jax.set_mesh(model.mesh):

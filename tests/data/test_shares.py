@@ -215,3 +215,43 @@ def test_odd_files_read_lazily(tmp_path: Path, content: bytes):
         except RequestError as error:
             told.append(str(error))
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_pairs_in_shares_are_the_whole(tokenizer, shared, split):
+    records = [
+        {
+            "prompt": f"The cat{' x' * (i % 5)}",
+            "chosen": f" sat {i}",
+            "rejected": " ran" * (1 + i % 4),
+            "margin": i,
+        }
+        for i in range(50)
+    ]
+    source = Source("s", len(records), records.__getitem__, lambda i: f"s:{i + 1}")
+    options = {"seq_len": 44, "overlong": "drop", "shared": shared, "split_pairs": split}
+    whole = tokenize(source, "preference", tokenizer, **options)
+    assert len(whole) > 20
+    stores = Processes(2).run(
+        lambda i: shares.tokenize_shared(
+            source, "preference", tokenizer, count=2, index=i, **options
+        )
+    )
+    flat = np.random.default_rng(0).normal(size=len(whole.ids)).astype(np.float32)
+    want = Stream([whole.with_column("ref_logprobs", flat)], seq_len=44, packing=shared)
+    for store in stores:
+        assert isinstance(store, shares.SharedStore)
+        assert store.fingerprint() == whole.fingerprint()
+        assert (store.keys, store.shared, store.format) == (whole.keys, whole.shared, whole.format)
+        for name in ("lengths", "records", "prompts", "sides", "completions"):
+            np.testing.assert_array_equal(getattr(store, name), getattr(whole, name), name)
+        got = Stream([store.with_column("ref_logprobs", flat)], seq_len=44, packing=shared)
+        assert got.most_completions == want.most_completions
+        for row in range(want.rows_per_epoch(0)):
+            one, two = got.row(row), want.row(row)
+            assert one.keys() == two.keys()
+            for name in one:
+                np.testing.assert_array_equal(one[name], two[name], name)
+        with pytest.raises(ValueError, match="shape"):
+            store.with_column("ref_logprobs", flat[1:])

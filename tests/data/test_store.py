@@ -180,6 +180,13 @@ def test_weights_are_kept_and_the_fingerprint_sees_them():
     assert stores[0].fingerprint() != stores[1].fingerprint()
 
 
+def test_the_fingerprint_of_a_source_stays_what_it_was():
+    """A run can only be continued on data of the same fingerprint."""
+    records = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5], "loss_mask": [0, 0.5]}]
+    store = tokenize(source_of(records), "tokens", None, seq_len=8)
+    assert store.fingerprint() == "d806fcf0d552deb6b7efc16791125c75"
+
+
 def test_ten_thousand_short_examples_take_seconds(chat):
     records = [
         {"instruction": f"Add {i}", "input": f"{i} {i}", "output": f"It is {2 * i}."}

@@ -7,6 +7,7 @@ import pytest
 
 from jaxtune.core.errors import RequestError
 from jaxtune.models import decoder
+from jaxtune.models.cache import empty_cache
 from jaxtune.models.config import LayerKind, pattern_of
 from jaxtune.models.probe import probe
 from jaxtune.peft.prefix import Prefix
@@ -28,7 +29,7 @@ def test_a_prefix_started_from_ids_acts_as_those_ids_in_front(windows):
         "segment_ids": np.ones((1, 3), np.int32),
         "positions": np.arange(3)[None],
     }
-    empty = decoder.empty_cache(config, 1, 3)
+    empty = empty_cache(config, 1, 3)
     cache = decoder.hidden_states(config, method, params, batch, cache=empty).cache
     np.testing.assert_allclose(keys, cache.keys.swapaxes(2, 3).reshape(keys.shape), atol=1e-5)
     np.testing.assert_allclose(values, cache.values.swapaxes(2, 3).reshape(values.shape), atol=1e-5)

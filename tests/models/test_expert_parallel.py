@@ -21,7 +21,8 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.parallel.rules import batch_sharding, shardings
 from jaxtune.peft.lora import Lora
 from jaxtune.peft.method import Method
-from tests.correctness.hlo import collectives
+from jaxtune.planning.collectives import collectives
+from jaxtune.planning.hlo import parse
 from tests.correctness.small import CONFIG
 
 pytestmark = pytest.mark.slow
@@ -143,7 +144,8 @@ def test_a_width_that_does_not_divide_is_split_otherwise(width, inner, part, row
 
 def gathered(program) -> set[tuple[int, ...]]:
     """Shapes of collectives' results that are kernels of experts."""
-    shapes = {shape for found in collectives(program.as_text(), 8) for shape in found.shapes}
+    found = collectives(parse(program.as_text()))
+    shapes = {shape for c in found for _, shape in c.shapes}
     kernels = ({WIDTH, INNER}, {WIDTH, INNER // 2})
     return {shape for shape in shapes if len(shape) == 3 and set(shape[1:]) in kernels}
 

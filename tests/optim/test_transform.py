@@ -115,6 +115,21 @@ def test_lora_plus_multiplies_the_rate_of_b_and_of_its_group():
     assert Lora().learning_rate_scales() == ()
 
 
+def test_lower_layers_learn_at_lower_rates():
+    """Of two blocks the first moves by half; what is above as ever, the embedding by 1/4."""
+    params = draw(0) | {"embed/embedding": draw(5)["norm/scale"]}
+    grads = draw(1) | {"embed/embedding": draw(6)["norm/scale"]}
+    plain = transform(OptimSpec(clip_norm=None), params=params)
+    slowed = transform(OptimSpec(clip_norm=None, layer_decay=0.5), params=params)
+    one, two = (tx.update(grads, tx.init(params), params)[0] for tx in (plain, slowed))
+    for path, update in one.items():
+        if path.startswith("blocks/"):
+            wanted = update * np.array([0.5, 1.0]).reshape(2, 1, 1)
+        else:
+            wanted = update * (0.25 if path.startswith("embed/") else 1.0)
+        np.testing.assert_allclose(two[path], wanted, rtol=1e-6, err_msg=path)
+
+
 def test_the_first_group_that_matches_counts():
     spec = OptimSpec(clip_norm=None, groups=(("norm/.*", 0.0, None), (".*", 5.0, None)))
     params = draw(0)

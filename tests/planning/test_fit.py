@@ -16,6 +16,17 @@ def test_settings_keep_the_devices_the_batch_and_whole_heads():
     assert len(found) == (4 * 2 + 3 * 3) * 3 * 2
 
 
+def test_settings_spread_long_rows_and_experts():
+    found = list(fit.settings(8, 4, 1, sequence=fit.row_parts(8192, 8), expert=(1, 2, 4)))
+    assert len(found) == len(set(found))
+    for s in found:
+        assert s.data * s.fsdp * s.tensor * s.sequence * s.expert == 8
+        assert 4 % (s.data * s.fsdp * s.expert * s.grad_accum) == 0
+    # Four rows do not fill eight devices: each is cut in two.
+    assert {s.sequence for s in found} == {2} and {s.expert for s in found} == {1, 2, 4}
+    assert fit.lines(found[-1])[0].endswith('"sequence": 2, "expert": 4}')
+
+
 def test_the_fastest_that_fits_with_a_reserve_comes_first():
     def trial(seconds, size, **changes):
         fields = {"data": 1, "fsdp": 8, "tensor": 1, "grad_accum": 1, "remat": "none"} | changes

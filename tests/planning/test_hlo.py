@@ -221,6 +221,16 @@ ENTRY %main (a: f32[6,8,10], b: f32[8,10,12]) -> f32[8,6,12] {
     assert products.flops(hlo.parse(text)) == 2 * 8 * 6 * 10 * 12
 
 
+def test_a_loop_that_the_data_end_counts_once_and_is_named():
+    """`while i < n`, where n is an argument."""
+    text = TPU.replace(
+        "%limit = s32[] constant(7)", "%limit = s32[] get-tuple-element(%c.0), index=0"
+    )
+    module = hlo.parse(text)
+    assert module.uncounted == ["loop"] and hlo.parse(TPU).uncounted == []
+    assert [c.runs for c in collectives.collectives(module)] == [1, 1, 1]
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no entry"):
         hlo.parse("HloModule nothing\n")

@@ -10,10 +10,13 @@ import pytest
 import jaxtune
 from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
+from jaxtune.planning.fit import ranked
 from jaxtune.recipes import train as recipe
 from jaxtune.recipes.build import build
 from jaxtune.recipes.dry_run import dry_run
-from jaxtune.recipes.plan_fit import fit
+from jaxtune.recipes.plan_draft import draft
+from jaxtune.recipes.plan_fit import fit, row_parts, starting, trials, with_setting
+from jaxtune.recipes.plan_report import analyse
 from jaxtune.recipes.schema import resolve
 from tests.correctness.tiny_runs import run_config
 
@@ -153,3 +156,28 @@ def test_fit_finds_what_fits_and_its_lines_make_it():
     assert math.prod(again["mesh"].values()) == 4
     with pytest.raises(RequestError, match=r"--fit: none of \d+ settings fits"):
         fit({**LARGE, "peft": {"method": "full"}}, devices="1xv5e")
+
+
+@pytest.mark.slow
+def test_fit_spreads_long_rows_and_experts_where_there_are_any():
+    """Two rows for four devices, which the config's own mesh does not take."""
+    config = {**LARGE, "model": {"preset": "qwen3-30b-a3b"}, "batch_size": 2}
+    config["data"] = {"train": [{"format": "chat"}], "seq_len": 16384}
+    config["peft"] = {"method": "lora", "variant": "pissa"}
+    with pytest.raises(RequestError, match="batch_size"):
+        draft(config, devices="4xv5p")
+    started = draft(starting(config), devices="4xv5p")
+    found = {trial.setting: trial for trial in trials(started)}
+    assert {s.sequence for s in found} == {1, 2, 4} and {s.expert for s in found} == {1, 2}
+    assert all(s.tensor > 1 for s in found if s.sequence == 1)  # whole rows do not go round
+    # PiSSA starts from whole weights, and training refuses quantised ones.
+    assert {s.quantize for s in found} == {"none"}
+    order = ranked(found.values(), started.target.chip.hbm_bytes)
+    best = with_setting(config, order[0].setting)
+    again = draft(best, devices="4xv5p")
+    assert analyse(again)[0]["total"] == order[0].total_bytes
+    spread = [t.setting for t in order if t.setting.sequence > 1]
+    ring = draft(with_setting(config, spread[0]), devices="4xv5p")
+    assert str(ring.program.attention).startswith("ring")
+    named = {**config, "model": {**config["model"], "attention": "xla"}}
+    assert row_parts(draft(starting(named), devices="4xv5p").config, 4) == [1]

@@ -20,10 +20,17 @@ MODEL = ("model.path", "MODEL_DIR")
 TRAIN = ("data.train[0].source", "jsonl:train.jsonl")
 EVAL = ("data.eval[0].source", "jsonl:held_out.jsonl")
 TOKENIZER = ("model.tokenizer", "TOKENIZER_DIR")
-GIVEN = {"pretrain_tiny": (TOKENIZER, TRAIN), "lora_sweep": (MODEL, TRAIN, EVAL)}
+TEACHER = ("objective.teacher", "TEACHER_DIR")
+GIVEN = {
+    "distill": (MODEL, TEACHER, TRAIN),
+    "pretrain_tiny": (TOKENIZER, TRAIN),
+    "lora_sweep": (MODEL, TRAIN, EVAL),
+}
 ARGUMENTS = {
     "sft_lora": ("", "rslora", "dora", "pissa"),
     "sft_adapter": ("", "pfeiffer", "parallel"),
+    "dpo": ("", "sigmoid_norm", "robust", "hinge", "ipo"),
+    "distill": ("", "reverse", "jsd"),
     "grpo": ("", "dr_grpo", "dapo", "gspo", "rloo", "reinforce++"),
 }
 

@@ -1,0 +1,1 @@
+"""What is wrong with data before they are trained on: see docs/doctor.md."""

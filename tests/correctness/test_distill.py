@@ -1,0 +1,210 @@
+"""Distillation from a teacher in the step and from disk: value, C1, C11, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxtune
+from jaxtune.cli.main import main
+from jaxtune.core.errors import RequestError
+from jaxtune.core.tree import flatten
+from jaxtune.recipes.build import build
+from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.write_teacher import write_teacher
+from tests.correctness.pair_runs import pair_config
+from tests.correctness.runs import OVERRIDES
+
+pytestmark = pytest.mark.slow
+
+VOCAB = OVERRIDES["vocab_size"]
+TEMPERATURE = 2.0
+
+
+def config_of(directory, objective, peft="lora", **sections):
+    """A run on the chosen sides as completions."""
+    config = pair_config(directory, peft, objective=objective, **sections)
+    for name in ("train", "held"):
+        path = directory / f"{name}_sft.jsonl"
+        if not path.exists():
+            rows = map(json.loads, (directory / f"{name}.jsonl").read_text().splitlines())
+            made = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    config["data"] |= {
+        "train": [{"source": f"jsonl:{directory}/train_sft.jsonl", "format": "completion"}],
+        "eval": [{"source": f"jsonl:{directory}/held_sft.jsonl", "format": "completion"}],
+        "packing": True,
+    }
+    return config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("distill")
+
+
+@pytest.fixture(scope="module")
+def teacher(data):
+    """The workdir of a smaller model with other weights, which serves as a teacher."""
+    config = config_of(data, {"name": "sft"}, "full", seed=7, total_steps=1)
+    config["model"] = config["model"] | {"overrides": OVERRIDES | {"num_layers": 1}}
+    jaxtune.train(config, data / "teacher")
+    return data / "teacher"
+
+
+def objective_of(teacher, divergence="forward", **more):
+    return {
+        "name": "distill",
+        "teacher": str(teacher),
+        "divergence": divergence,
+        "teacher_temperature": TEMPERATURE,
+    } | more
+
+
+@pytest.fixture(scope="module")
+def finished(data, teacher):
+    """divergence → (config, history) of a run of four steps, each run once."""
+
+    @functools.cache
+    def run(divergence: str):
+        more = {"mixture": 0.3} if divergence == "jsd" else {}
+        objective = objective_of(teacher, divergence, nll_weight=0.5, **more)
+        config = config_of(data, objective, total_steps=4)
+        return config, jaxtune.train(config, data / divergence).history
+
+    return run
+
+
+def by_hand(config, teacher, divergence: str) -> float:
+    """The loss of the first batch from whole distributions."""
+    plan = build(resolve(config))
+    batch = plan.data.stream.batch(0, 4)
+    student = {
+        path: leaf
+        for path, leaf in flatten(plan.base.load(lambda _: "float32", plan.mesh)).items()
+        if not path.startswith("teacher/")
+    }
+    other = jaxtune.load(teacher, dtype="float32")
+    logs, logt = (
+        np.asarray(jax.nn.log_softmax(logits_of(c, p, batch) / TEMPERATURE), np.float64)
+        for c, p in ((plan.base.config, student), (other.config, flatten(other.params)))
+    )
+    plain = np.asarray(jax.nn.log_softmax(logits_of(plan.base.config, student, batch)))
+    s, t, m = np.exp(logs), np.exp(logt), 0.3 * np.exp(logt) + 0.7 * np.exp(logs)
+    found = {
+        "forward": (t * (logt - logs)).sum(-1),
+        "reverse": (s * (logs - logt)).sum(-1),
+        "jsd": 0.3 * (t * (logt - np.log(m))).sum(-1) + 0.7 * (s * (logs - np.log(m))).sum(-1),
+    }[divergence]
+    total = nll = count = 0.0
+    for row, place in np.argwhere(batch["loss_mask"] > 0):
+        total += TEMPERATURE**2 * found[row, place - 1]
+        nll -= plain[row, place - 1, batch["input_ids"][row, place]]
+        count += 1
+    return total / count + 0.5 * nll / count
+
+
+def logits_of(config, params, batch):
+    from jaxtune.core.tree import unflatten
+    from jaxtune.models.decoder import hidden_states, logits
+    from jaxtune.recipes.base import BASE
+
+    params = unflatten({p: jnp.asarray(leaf, jnp.float32) for p, leaf in params.items()})
+    inputs = {n: batch[n] for n in ("input_ids", "segment_ids", "positions")}
+    return logits(config, BASE, params, hidden_states(config, BASE, params, inputs).states)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_the_first_loss_by_hand(divergence, finished, teacher):
+    config, history = finished(divergence)
+    assert history[0]["loss"] == pytest.approx(by_hand(config, teacher, divergence), rel=1e-4)
+    assert np.isfinite(history[-1]["eval/loss"]) and "eval/perplexity" not in history[-1]
+    assert history[3]["loss/distill"] < history[0]["loss/distill"]
+
+
+def test_c1_micro_batches_do_not_matter(data, finished):
+    config, history = finished("forward")
+    again = jaxtune.train(config | {"grad_accum": 2}, data / "micro").history
+    for one, two in zip(history, again, strict=True):
+        for name in ("loss", "loss/distill", "eval/loss"):
+            if name in one:
+                np.testing.assert_allclose(one[name], two[name], rtol=1e-4, err_msg=name)
+
+
+def test_a_checkpoint_holds_nothing_of_the_teacher_and_loads_without_it(data, finished):
+    finished("forward")
+    lm = jaxtune.load(data / "forward", dtype="float32")
+    assert not any(path.startswith("teacher") for path in flatten(lm.params))
+
+
+def test_top_k_from_disk_is_the_teacher_in_the_step(data, teacher, finished, tmp_path):
+    """All tokens but one leave one token as the rest, so that nothing is lost."""
+    config, history = finished("forward")
+    for name in ("train", "held"):
+        report = write_teacher(
+            model=str(teacher),
+            source=f"jsonl:{data}/{name}_sft.jsonl",
+            format="completion",
+            out=str(tmp_path / "said"),
+            top_k=VOCAB - 1,
+            temperature=TEMPERATURE,
+            seq_len=config["data"]["seq_len"],
+            dtype="float32",
+        )
+        assert 0.9 < report["mass"] < 1.0
+    stored = dict(config["objective"], teacher=None, teacher_data=str(tmp_path / "said"))
+    run = config | {"objective": stored}
+    again = jaxtune.train(run, tmp_path / "run").history
+    for one, two in zip(history, again, strict=True):
+        for name in ("loss", "eval/loss"):
+            if name in one:
+                np.testing.assert_allclose(one[name], two[name], rtol=1e-4, err_msg=name)
+
+    other = run | {"objective": stored | {"teacher_temperature": 1.0}}
+    with pytest.raises(RequestError, match=r"teacher_temperature: was written with temperature 2"):
+        build(resolve(other))
+    (place,) = [p for p in (tmp_path / "said").iterdir() if p.name == fingerprint(run)]
+    whole = (place / "ids.npy").read_bytes()
+    (place / "ids.npy").write_bytes(whole[:-4] + b"\x01\x00\x00\x00")
+    with pytest.raises(RequestError, match="is damaged"):
+        build(resolve(run))
+    (place / "ids.npy").write_bytes(whole)
+    moved = tmp_path / "elsewhere"
+    place.rename(moved)
+    with pytest.raises(RequestError, match=r"teacher_data: holds nothing of data.train\[0\]"):
+        build(resolve(run))
+
+
+def fingerprint(config) -> str:
+    sft = {**config, "objective": {"name": "sft"}}
+    (store,) = build(resolve(sft)).data.stream.stores
+    return store.fingerprint()
+
+
+def test_the_verb_writes_what_a_run_reads(data, teacher, tmp_path, capsys):
+    arguments = [f"--model={teacher}", f"--source=jsonl:{data}/train_sft.jsonl", "--json"]
+    arguments += ["--format=completion", "--seq_len=40", "--top_k=5", f"--out={tmp_path}/said"]
+    assert main(["data", "teacher", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ids = np.load(f"{report['directory']}/ids.npy")
+    assert ids.shape == (report["targets"], 5) and ids.dtype == np.int32
+    assert main(["data", "teacher", *arguments[:-2], "--top_k=98", f"--out={tmp_path}"]) == 2
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(data, teacher):
+    config = config_of(data, objective_of(teacher))
+    config["model"] = config["model"] | {"overrides": OVERRIDES | {"vocab_size": 128}}
+    with pytest.raises(RequestError, match=r"objective.teacher: .*has 97 tokens"):
+        build(resolve(config))
+
+
+def test_virtual_tokens_are_the_students_alone(data, teacher):
+    """The teacher of a prompt-tuned model reads the text without the prompt's slots."""
+    objective = objective_of(teacher, teacher_quantize="int8")
+    history = jaxtune.train(config_of(data, objective, "prompt", total_steps=1), data / "p").history
+    assert np.isfinite(history[0]["loss"])

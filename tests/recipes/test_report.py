@@ -1,0 +1,120 @@
+"""The page of a run and that of a sweep: whole, self-contained, and true to the files."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import jaxtune
+from jaxtune.cli.main import main
+from jaxtune.recipes.report import report
+from jaxtune.recipes.schema import resolve
+from tests.cli import bad_world
+
+pytestmark = pytest.mark.slow
+VOID = {"meta", "line", "rect", "polyline", "br"}
+
+
+class Page(HTMLParser):
+    """Headings, text and links of a page; every element must be closed."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.headings.append(data)
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("world")
+    bad_world.write_world(directory)
+    return directory
+
+
+def config_of(world: Path) -> dict:
+    config = bad_world.config()
+    config["model"]["path"] = str(world / "model")
+    for name, file in (("train", "train.jsonl"), ("eval", "held.jsonl")):
+        config["data"][name][0]["source"] = f"jsonl:{world / file}"
+    config["eval"] = {"every_steps": 2}
+    config["log"]["samples"] = 2
+    retained = {"source": f"jsonl:{world / 'train.jsonl'}", "format": "chat"}
+    config["retention"] = {"data": [retained]}
+    return config
+
+
+def test_a_run_ends_with_its_report(world, tmp_path):
+    workdir = tmp_path / "a <run>"
+    summary = jaxtune.train(config_of(world), workdir).summary
+    source = (workdir / "report.html").read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.links == [] and "<script" not in source and "viewport" in source
+    assert page.headings == [
+        "sft: a <run>",
+        "Loss",
+        "Other metrics",
+        "What is retained",
+        "Learning rate",
+        "Throughput",
+        "Before and after",
+        "Data",
+        "Cost",
+        "Fingerprints",
+        "Again",
+    ]
+    words = " ".join(page.words)
+    for value in (
+        summary["stop_reason"],
+        f"{summary['metrics']['eval/loss']:.4g}",
+        *filter(None, summary["fingerprints"].values()),
+        summary["code"],
+        f"{summary['parameters']['trainable']:,}",
+    ):
+        assert value in words
+    items = json.loads((workdir / "showcase.json").read_text())["items"]
+    assert len(items) == 2 and all({"before", "after", "wanted"} <= set(item) for item in items)
+    # What the page names does make the run again.
+    again = ["train", f"--config={workdir / 'config.json'}", f"--workdir={tmp_path / 'again'}"]
+    assert main(again) == 0
+    one, two = (json.loads((d / "summary.json").read_text()) for d in (workdir, tmp_path / "again"))
+    assert one["metrics"]["loss"] == two["metrics"]["loss"]
+
+
+def test_a_run_that_is_going_on_has_a_page_too(world, tmp_path):
+    config = resolve(config_of(world)).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "not ended" in " ".join(Page(report(tmp_path)).words)
+
+
+def test_a_sweep_has_a_page(world, tmp_path):
+    config = config_of(world)
+    config["log"]["samples"], config["peft"] = 0, {}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    words = [f"--config={path}", f"--workdir={tmp_path / 'sweep'}"]
+    words += ["--sweep.optim.lr=1e-3,1e-2", "--sweep.peft.method=lora,ia3"]
+    assert main(["sweep", *words]) == 0
+    page = Page((tmp_path / "sweep/report.html").read_text(encoding="utf-8"))
+    assert page.headings == ["Sweep: sweep", "Ranking", "Settings and result", "Curves"]
+    assert page.links == []
