@@ -105,8 +105,17 @@ def test_rows_whose_length_changes_the_frequencies_are_refused():
         engine_of("full")._check(PROMPTS, dataclasses.replace(SAMPLING, stop=("a",)))
 
 
-def spread_sample(sizes: dict[str, int], name: str):
-    config, method, params = model(name)
+def gentle():
+    """(config, method, params): at half of the weights a rounding error stays one.
+
+    At whole ones, float32 on a mesh is 2e-4 from float64 at a token, in the sampler and the scorer.
+    """
+    config, method, params = model("lora")
+    return config, method, jax.tree.map(lambda leaf: 0.5 * leaf, params)
+
+
+def spread_sample(sizes: dict[str, int]):
+    config, method, params = gentle()
     mesh = make_mesh(sizes)
     spread = jax.device_put(params, shardings(param_axes(config, method), params, mesh))
     engine = LocalEngine(config, method, slots=4, params=spread)
@@ -118,8 +127,9 @@ def spread_sample(sizes: dict[str, int], name: str):
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2)])
 def test_meshes_give_the_samples_of_one_device(sizes):
     named = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
-    wanted = engine_of("lora", slots=4).sample(PROMPTS, 3, SAMPLING, 2)
-    for ours, theirs in zip(spread_sample(named, "lora"), wanted, strict=True):
+    config, method, params = gentle()
+    wanted = LocalEngine(config, method, slots=4, params=params).sample(PROMPTS, 3, SAMPLING, 2)
+    for ours, theirs in zip(spread_sample(named), wanted, strict=True):
         for one, two in zip(ours, theirs, strict=True):
             assert one.ids == two.ids and one.finished == two.finished
             np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
@@ -131,7 +141,7 @@ import jax
 from jaxtune.parallel import processes
 processes.join(sys.argv[1])
 from tests.rl.test_local_engine import spread_sample
-found = spread_sample({"data": 2, "fsdp": 2}, "lora")
+found = spread_sample({"data": 2, "fsdp": 2})
 print(json.dumps([[[one.ids, one.logprobs, one.finished] for one in group] for group in found]))
 processes.part(None, 0)
 """
@@ -155,7 +165,7 @@ def test_each_of_two_processes_gets_all_samples():
     ]
     said = [json.loads(run.communicate(timeout=300)[0].splitlines()[-1]) for run in runs]
     assert said[0] == said[1]
-    config, method, params = model("lora")
+    config, method, params = gentle()
     settings = {"max_new_tokens": 9, "temperature": 0.8, "seed": 2, "eos_ids": SAMPLING.eos_ids}
     wanted = sample(config, method, params, PROMPTS, 3, **settings)
     for ours, theirs in zip(said[0], wanted, strict=True):
