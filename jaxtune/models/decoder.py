@@ -314,6 +314,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Returns float32 [..., V] for hidden [..., D]."""
         c = self.config
+        if not c.lm_head:
+            raise ValueError("a model without lm_head has no logits")
         if self.lm_head is not None:
             scores = self.lm_head(hidden, named_key(key, "lm_head")).astype(jnp.float32)
         else:

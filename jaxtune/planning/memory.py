@@ -172,13 +172,15 @@ SUMMED = 2  # a gradient before and after the sum over devices
 def chunks_logits(work: Work, mesh: Mesh | AbstractMesh) -> bool:
     """Tells whether the loss makes its logits in chunks, as `objectives.logprobs` decides."""
     tokens = _local_rows(work, mesh) * _local_tokens(work, mesh)
-    return tokens * work.config.vocab_size * 4 > work.logits_bytes
+    return work.config.lm_head and tokens * work.config.vocab_size * 4 > work.logits_bytes
 
 
 def logits_bytes(work: Work, mesh: Mesh | AbstractMesh) -> int:
-    """Returns the bytes of a chunk's logits on one device, with the gradient's."""
+    """Returns the bytes of a chunk's logits on one device, with the gradient's; 0 without any."""
     tensor = mesh.shape["tensor"]
     config = work.config
+    if not config.lm_head:
+        return 0
     vocab = config.vocab_size // (tensor if config.vocab_size % tensor == 0 else 1)
     tokens = _local_rows(work, mesh) * _local_tokens(work, mesh)
     if not chunks_logits(work, mesh):

@@ -98,6 +98,8 @@ class LanguageModel:
             raise RequestError("the model is no reward model: it has no scores", where=self.source)
         if isinstance(texts, str) or (len(texts) and isinstance(texts[0], int | np.integer)):
             raise RequestError("expected a list of texts, or of lists of ids", key="texts")
+        if not len(texts):
+            return np.zeros(0, np.float32)
         if len(texts) and isinstance(texts[0], str):
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer; give token ids", where=self.source)
@@ -105,15 +107,12 @@ class LanguageModel:
         if mask is None and isinstance(texts, list | tuple):
             texts, mask = scoring.padded(texts)
         ids, real = scoring.checked(self.config, self.method, texts, mask)
-        found = [np.zeros(0, np.float32)]
-        for start in range(0, len(ids), batch_size):
-            rows = slice(start, start + batch_size)
-            found.append(
-                np.asarray(
-                    scoring.scores(self.config, self.method, self.params, ids[rows], real[rows])
-                )
-            )
-        return np.concatenate(found)
+        parts = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
+        found = [
+            scoring.scores(self.config, self.method, self.params, ids[rows], real[rows])
+            for rows in parts
+        ]
+        return np.concatenate([np.asarray(some) for some in found])
 
     def _check_lm_head(self) -> None:
         """Raises RequestError if the model has no logits."""

@@ -176,5 +176,6 @@ def test_the_other_verbs_know_it(verb, data, tmp_path, capsys):
 def test_centring_is_for_pairs():
     entry = {"source": "jsonl:x", "format": "ranked"}
     config = {"model": {"path": "M"}, "objective": REWARD, "total_steps": 1, "batch_size": 1}
+    config |= {"optim": {"lr": 1e-3}}
     with pytest.raises(RequestError, match=r"is for pairs, of format 'preference'"):
         resolve(config | {"data": {"train": [entry], "seq_len": 8}})
