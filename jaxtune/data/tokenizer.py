@@ -108,6 +108,10 @@ class Tokenizer:
         """Text that closes an assistant turn: the template's terminator, or EOS; "" if none."""
         return self.endings.last.strip() or self.hf.eos_token or ""
 
+    def vocabulary(self) -> dict[str, int]:
+        """Returns {token: id}, added tokens included."""
+        return self.hf.get_vocab()
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Returns the ids of `text`, with BOS (and what else the tokenizer adds) if `special`.
 

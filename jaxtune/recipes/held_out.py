@@ -56,5 +56,6 @@ def names(plan: Any) -> set[str]:
     state, frozen, batch = plan.abstract_arguments()
     _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
     sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
-    measured = ("loss", "perplexity", "tokens", *reported(own))
+    likely = ("perplexity",) if plan.objective.likelihood else ()
+    measured = ("loss", *likely, "tokens", *reported(own))
     return {f"eval/{source}{name}" for source in ("", *sources) for name in measured}

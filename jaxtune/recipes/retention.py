@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtune.core.errors import RequestError
@@ -21,12 +22,12 @@ from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import Rows, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.processes import is_writer
-from jaxtune.recipes.assemble import Parts
+from jaxtune.recipes.assemble import TEACHER, Parts
 from jaxtune.recipes.data import open_store
 from jaxtune.recipes.fisher import diagonal
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.compile import Layout, jit_evaluation
-from jaxtune.training.step import SumLoss
+from jaxtune.training.step import Batch, SumLoss
 from jaxtune.training.workdir import read_json, write_json
 
 FILE = "retention.json"  # in the workdir: what was measured before the first step
@@ -121,7 +122,12 @@ def open_retention(config: Any, parts: Parts, layout: Layout, tokenizer: Any) ->
         )
         for i, entry in enumerate(config.retention.data)
     }
-    loss = sft_loss(parts.config, parts.method, batch_shards(layout.mesh))
+    alone = sft_loss(parts.config, parts.method, batch_shards(layout.mesh))
+
+    def loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> Any:
+        student = {node: leaves for node, leaves in frozen.items() if node != TEACHER}
+        return alone(trainable, student, batch, key)
+
     evaluation = jit_evaluation(lambda t, f, batch: loss(t, f, batch, None), layout)
     return Retention(config, layout, parts.method.num_virtual, stores, loss, evaluation)
 

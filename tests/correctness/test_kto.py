@@ -86,10 +86,17 @@ def test_the_reference_point_does_not_depend_on_micro_batches_or_the_size_of_eva
     """A value a micro-batch would be another loss (CORRECTNESS C1, C3)."""
     objective = {"name": "kto", "beta": 0.5}
     one = pair_config(data, objective=objective, total_steps=3)
+    for part, name in (("train", "train"), ("eval", "held")):
+        # Wanted completions alone become likelier behind any prompt, so that the mean is above 0.
+        rows = map(json.loads, (data / f"{name}.jsonl").read_text().splitlines())
+        kept = [{"prompt": r["prompt"], "completion": r["chosen"], "label": True} for r in rows]
+        path = data / f"{name}_wanted.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        one["data"][part] = [{"source": f"jsonl:{path}", "format": "unpaired"}]
     two = one | {"grad_accum": 2, "eval": {"batch_size": 3}}
     first, second = losses(one, tmp_path / "one"), losses(two, tmp_path / "two")
     assert first[0][0] == pytest.approx(0.5, rel=1e-5) and first[0][1] == pytest.approx(0, abs=1e-5)
-    assert any(row[1] > 0.05 for row in first)  # it moved, so that the comparison means something
+    assert first[-1][1] > 0.01  # it moved, so that the comparison means something
     np.testing.assert_allclose(np.concatenate(first), np.concatenate(second), rtol=1e-4, atol=1e-6)
 
 
