@@ -90,6 +90,30 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+PARTS = {
+    ("chunk.py", "_read"): "reading records",
+    ("language.py", "language"): "languages",
+    ("pii.py", "find"): "personal data",
+    ("texts.py", "damage"): "damage to characters",
+    ("answers.py", "phrases"): "refusals and stock phrases",
+    ("rendering.py", "judge"): "rendering and tokens",
+    ("chunk.py", "_sign"): "near-duplicate signatures",
+    ("contamination.py", "search"): "contamination",
+    ("diagnose.py", "_find_repeats"): "comparing repeats",
+}
+
+
+def shares(stats: pstats.Stats) -> dict[str, float]:
+    """Returns which share of the profiled time went into what is looked for."""
+    total = stats.total_tt
+    found = {}
+    for (path, _, name), (_, _, _, cumulative, _) in stats.stats.items():
+        part = PARTS.get((Path(path).name, name))
+        if part and "doctor" in path:
+            found[part] = round(cumulative / total, 3)
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -112,7 +136,9 @@ def main() -> None:
         if args.profile:
             profiler = cProfile.Profile()
             profiler.runcall(examine, settings)
-            pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+            stats = pstats.Stats(profiler)
+            print(json.dumps(shares(stats)))
+            stats.sort_stats("tottime").print_stats(20)
             return
         began = time.monotonic()
         with PeakMemory() as memory:
