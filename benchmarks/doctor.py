@@ -90,6 +90,36 @@ def resident(pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+PARTS = {
+    ("chunk.py", "_read"): "reading records",
+    ("language.py", "language"): "languages",
+    ("pii.py", "find"): "personal data",
+    ("texts.py", "damage"): "damage to characters",
+    ("answers.py", "phrases"): "refusals and stock phrases",
+    ("rendering.py", "judge"): "rendering and tokens",
+    ("chunk.py", "_sign"): "near-duplicate signatures",
+    ("contamination.py", "search"): "contamination",
+    ("diagnose.py", "_find_repeats"): "comparing repeats",
+}
+
+
+def shares(stats: pstats.Stats) -> dict[str, float]:
+    """Returns which share of the profiled time went into what is looked for."""
+    total = stats.total_tt
+    found = {}
+    for (path, _, name), (_, _, _, cumulative, _) in stats.stats.items():
+        part = PARTS.get((Path(path).name, name))
+        if part and "doctor" in path:
+            found[part] = round(cumulative / total, 3)
+    return dict(sorted(found.items(), key=lambda entry: -entry[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
@@ -112,13 +142,15 @@ def main() -> None:
         if args.profile:
             profiler = cProfile.Profile()
             profiler.runcall(examine, settings)
-            pstats.Stats(profiler).sort_stats("tottime").print_stats(30)
+            stats = pstats.Stats(profiler)
+            print(json.dumps(shares(stats)))
+            stats.sort_stats("tottime").print_stats(20)
             return
+        before = cpu_seconds()  # writing the rows is no part of it
         began = time.monotonic()
         with PeakMemory() as memory:
             report = examine(settings)
         seconds = time.monotonic() - began
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(
         json.dumps(
             {
@@ -126,7 +158,7 @@ def main() -> None:
                 "workers": args.workers,
                 "tokenizer": args.model,
                 "seconds": round(seconds, 1),
-                "cpu_seconds": round(sum(u.ru_utime + u.ru_stime for u in used), 1),
+                "cpu_seconds": round(cpu_seconds() - before, 1),
                 "rows_per_second": round(args.rows / seconds),
                 "peak_memory_bytes": memory.peak,
                 "parts": report["seconds"],
