@@ -67,6 +67,7 @@ def assert_alike(found, wanted):
         np.testing.assert_allclose(one.logprobs, two.logprobs, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "temperature"), [("lora", 0.7), ("prompt", 1.0)])
 def test_a_sample_is_what_full_passes_draw_with_the_same_keys(name, temperature):
     found = drawn(name, 2, temperature)
