@@ -245,6 +245,7 @@ def of_all_experts(
     """Returns the weighted outputs where each device has a part of every expert."""
     expert = routing.chosen.reshape(-1)  # of each (token, choice)
     order = checkpoint_name(jnp.argsort(expert), KEPT)
+    place = checkpoint_name(jnp.argsort(order), KEPT)
     sizes = jnp.bincount(expert, length=leaves["up_proj"]["kernel"].shape[0])
 
     def ragged(h: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -253,15 +254,56 @@ def of_all_experts(
     def product(h: jax.Array, node: dict[str, jax.Array]) -> jax.Array:
         return checkpoint_name(product_with(ragged, h, node), KEPT)
 
-    h = x.reshape(-1, x.shape[-1])[order // routing.chosen.shape[-1]]
+    h = sorted_rows(x.reshape(-1, x.shape[-1]), order, place)
     h = feed_forward(activation, leaves, h, expert[order], product, spread.summed("embed"))
-    given = h[jnp.argsort(order)].reshape(*routing.chosen.shape, -1)
+    given = unsorted_rows(h, order, place).reshape(*routing.chosen.shape, -1)
     weights = routing.weights.astype(x.dtype)
     y = total(jnp.einsum("...k,...kd->...d", weights, given), spread.summed("mlp"))
     bias = leaves["down_proj"].get("bias")
     if bias is not None:
         y = y + jnp.einsum("...k,...kd->...d", weights, bias[routing.chosen])
     return y
+
+
+# The transpose of a gather is a scatter that adds, slow on TPUs and with room of its own in memory.
+# Each row of an order is taken once, so that the transpose is a gather as well.
+@jax.custom_vjp
+def sorted_rows(x: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """Returns each token [n, D] once for each of its k choices, sorted: x[order // k], [n k, D].
+
+    Args:
+        x: [n, D].
+        order: int32 [n k], which (token, choice) each row is.
+        place: int32 [n k], in which row each (token, choice) is: the inverse of `order`.
+    """
+    return x[order // (order.size // x.shape[0])]
+
+
+def _sorted_forward(x, order, place):
+    return sorted_rows(x, order, place), (place, x.shape)
+
+
+def _sorted_backward(kept, dh):
+    place, (n, width) = kept
+    return dh[place].reshape(n, -1, width).sum(1), None, None
+
+
+@jax.custom_vjp
+def unsorted_rows(h: jax.Array, order: jax.Array, place: jax.Array) -> jax.Array:
+    """Returns h[place], [n k, D]: rows in the order of (token, choice) again; see `sorted_rows`."""
+    return h[place]
+
+
+def _unsorted_forward(h, order, place):
+    return h[place], order
+
+
+def _unsorted_backward(order, dgiven):
+    return dgiven[order], None, None
+
+
+sorted_rows.defvjp(_sorted_forward, _sorted_backward)
+unsorted_rows.defvjp(_unsorted_forward, _unsorted_backward)
 
 
 def of_own_experts(

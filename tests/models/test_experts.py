@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.models.config import Experts
-from jaxtune.models.experts import AXES, mixture
+from jaxtune.models.experts import AXES, mixture, sorted_rows, unsorted_rows
 from jaxtune.models.layers import gated_activation
 from jaxtune.models.routing import Routing, balance
 
@@ -127,3 +127,22 @@ def test_balance_is_k_where_experts_share_alike_and_more_elsewhere():
     probabilities = jnp.asarray([[[0.5, 0.5, 0.0, 0.0]] * 4])
     uneven = Routing(even.weights, jnp.zeros((1, 4, 2), int).at[..., 1].set(1), probabilities)
     assert balance(uneven, jnp.ones((1, 4), bool)).tolist() == [4.0]
+
+
+def test_sorting_rows_and_back_has_the_derivative_of_plain_gathers():
+    n, k, width = 6, 3, 4
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (n, width))
+    factor = jax.random.normal(keys[1], (n * k, width))
+    order = jnp.argsort(jax.random.randint(keys[2], (n * k,), 0, 5))
+    place = jnp.argsort(order)
+
+    def ours(x):
+        rows = jnp.cos(sorted_rows(x, order, place)) * factor
+        return jnp.sin(unsorted_rows(rows, order, place)).sum()
+
+    def plain(x):
+        return jnp.sin((jnp.cos(x[order // k]) * factor)[place]).sum()
+
+    np.testing.assert_array_equal(ours(x), plain(x))
+    np.testing.assert_allclose(jax.grad(ours)(x), jax.grad(plain)(x), rtol=1e-5)
