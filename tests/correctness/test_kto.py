@@ -85,7 +85,7 @@ def test_the_reference_point_does_not_depend_on_micro_batches_or_the_size_of_eva
 ):
     """A value a micro-batch would be another loss (CORRECTNESS C1, C3)."""
     objective = {"name": "kto", "beta": 0.5}
-    one = pair_config(data, objective=objective, total_steps=3)
+    one = pair_config(data, PEFT, objective, total_steps=3)
     for part, name in (("train", "train"), ("eval", "held")):
         # Wanted completions alone become likelier behind any prompt, so that the mean is above 0.
         rows = map(json.loads, (data / f"{name}.jsonl").read_text().splitlines())

@@ -14,9 +14,9 @@ from jaxtune.parallel.mesh import make_mesh
 from jaxtune.peft.lora import Lora
 from jaxtune.recipes import reference
 from jaxtune.recipes.assemble import load_parts, plan_parts
-from jaxtune.recipes.base import from_hf
 from jaxtune.recipes.build import optim_spec
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.compile import fresh_state, jit_step, make_layout
 from jaxtune.training.step import make_train_step
@@ -61,7 +61,7 @@ def steps(tmp_path_factory) -> list[dict[str, float]]:
             },
         }
     )
-    mesh, base = make_mesh({}, jax.devices()[:1]), from_hf(path)
+    mesh, base = make_mesh({}, jax.devices()[:1]), open_base(config.model, 0)
     method = Lora(rank=tiny.RANK, alpha=float(tiny.ALPHA), targets=tuple(tiny.LINEAR))
     parts = plan_parts(base.config, method, mesh)
     assert reference.adapters_off(parts, None)
