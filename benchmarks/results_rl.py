@@ -196,8 +196,8 @@ def page(runs: dict[str, Run], held: int, command: str) -> str:
         "",
         "Seconds are of the wall, with compilation and evaluation, on a machine that other work "
         "shared; KL is from the model before training; when a run had a share of the gain is told "
-        "by the samples of its iterations, not the held-out ones. Sampler and trainer gave the same "
-        "log-probabilities to within "
+        "by the samples of its iterations, not the held-out ones. Sampler and trainer gave "
+        "the same log-probabilities to within "
         f"{max(run.gap for run in runs.values()):.1e} nats a token.",
     ]
     for name, run in runs.items():
