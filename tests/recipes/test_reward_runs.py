@@ -17,18 +17,32 @@ from jaxtune.recipes.export import export
 from jaxtune.recipes.schema import resolve
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
-from tests.correctness.pair_runs import pair_config
+from tests.correctness.pair_runs import pair_config, write_tokenizer
 from tests.correctness.tiny_runs import assert_same_run
 
 pytestmark = pytest.mark.slow
 
 REWARD = {"name": "reward", "centering": 0.01}
+PAIRS = 32
 MEASURED = ("loss", "accuracy", "calibration_error", "margin", "mean")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("pairs")
+    """Pairs of ten words, of which every second is preferred, so that few teach the rest."""
+    directory = tmp_path_factory.mktemp("pairs")
+    write_tokenizer(directory / "tokenizer")
+    for name, count, seed in (("train", PAIRS, 0), ("held", 8, 1)):
+        rng, rows = np.random.default_rng(seed), []
+        for _ in range(count):
+            sides = [
+                " ".join(f"w{2 * i + side}" for i in rng.integers(0, 5, rng.integers(2, 8)))
+                for side in (0, 1)
+            ]
+            rows.append({"prompt": "w8 w9 ", "chosen": sides[0], "rejected": sides[1]})
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"{name}.jsonl").write_text(lines)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +50,10 @@ def bench() -> Workbench:
     return Workbench()
 
 
-def config_of(data: Path, peft="lora", **sections):
+def config_of(directory: Path, peft="lora", **sections):
     more = {"checkpoint": {"every_steps": 4, "keep_best": "eval/accuracy", "async_save": False}}
     more |= {"eval": {"batch_size": 4, "every_steps": 4}, "total_steps": 24}
-    return pair_config(data, peft, REWARD, **(more | sections))
+    return pair_config(directory, peft, REWARD, **(more | sections))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +131,7 @@ def test_packed_pairs_that_share_a_prompt_have_the_same_loss(data):
             loss, metrics = plan.evaluation(trainable, frozen, batch)
         found.append((float(loss.sum), float(loss.weight), float(metrics["margin"].sum)))
         assert ("branches" in batch) == packing
-    assert found[0][1] == found[1][1] == 16
+    assert found[0][1] == found[1][1] == PAIRS
     np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
@@ -146,7 +160,7 @@ def test_a_reward_model_is_refused_where_text_is_written(run, tmp_path, capsys):
     ):
         assert main(command) == 2
         assert "reward model" in capsys.readouterr().err
-    with pytest.raises(RequestError, match="'text' is not for a reward model"):
+    with pytest.raises(RequestError, match="a reward model reads preference"):
         evaluate(model=run, data="text:" + str(run / "config.json"), format="text")
 
 
