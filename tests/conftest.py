@@ -18,9 +18,25 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+import gc  # noqa: E402
+
 import pytest  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
+# Linux gives a process 65,530 memory maps (vm.max_map_count), and a compiled program takes several:
+# the compiler crashes where there are no more.
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 30_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Lets go of compiled programs between files before a worker has too many."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
