@@ -101,7 +101,8 @@ def product(model: Path, data: Path, options: argparse.Namespace, shared: bool) 
     from jaxtune.training.compile import fresh_state
 
     tail = options.completion + 1
-    width = options.prompt + 2 * tail if shared else 2 * (options.prompt + tail)
+    # Each branch repeats the last token of the prompt that it shares.
+    width = options.prompt + 2 * tail + 1 if shared else 2 * (options.prompt + tail)
     config = {
         "model": {"path": str(model), "dtype": "float32"},
         "peft": {"method": "lora", "rank": RANK, "alpha": float(ALPHA)},

@@ -36,7 +36,6 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--tuned_share",
         type=float,
-        default=1.0,
         metavar="X",
         help="of what tuning changed: 1 all (the default), 0 the base, between: WiSE-FT",
     )
@@ -66,12 +65,17 @@ def run(argv: Sequence[str]) -> int:
 
     from jaxtune.recipes import export
 
-    given = {"merge": args.merge, "density": args.density}
-    mix = {name: value for name, value in given.items() if value is not None}
-    mix |= {"pick": args.pick, "others": tuple(others), "tuned_share": args.tuned_share}
-    extra = {} if found.adapter is None else {"adapter": found.adapter}
-    extra |= {} if args.dtype is None else {"dtype": args.dtype}
-    report = export.export(str(found.path), args.format, out, **mix, **extra)
+    given = {
+        "adapter": found.adapter,
+        "dtype": args.dtype,
+        "pick": args.pick,
+        "others": others or None,
+        "merge": args.merge,
+        "tuned_share": args.tuned_share,
+        "density": args.density,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    report = export.export(str(found.path), args.format, out, **given)
     if args.json:
         print(json.dumps(report))
     else:

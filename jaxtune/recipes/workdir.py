@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import textwrap
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -234,12 +235,22 @@ def put_aside(workdir: Path, damaged: Mapping[int, str], start: int) -> None:
 def note_failure(workdir: Path, note: Mapping[str, Any]) -> None:
     """Writes why a run failed; on a full disk, in the place that a half checkpoint took."""
     if not is_remote(workdir):
-        for half in (workdir / CHECKPOINTS).glob("*tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+        remove_halves(workdir / CHECKPOINTS)
     try:
         write_json(workdir / SUMMARY, note)
     except OSError as error:
         logging.getLogger("jaxtune").warning("%s cannot be written: %s", workdir / SUMMARY, error)
+
+
+def remove_halves(directory: Path) -> None:
+    """Removes half checkpoints; a thread of the failed save may still be putting files there."""
+    for _ in range(20):
+        halves = list(directory.glob("*tmp*"))
+        if not halves:
+            return
+        for half in halves:
+            shutil.rmtree(half, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def last_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:

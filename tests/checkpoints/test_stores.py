@@ -11,8 +11,10 @@ import http.server
 import json
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -74,12 +76,21 @@ def google(url: str, port: int) -> Iterator[None]:
     pytest.importorskip("google.cloud.storage", reason="needs google-cloud-storage")
     server_of = pytest.importorskip("gcp_storage_emulator.server", reason="needs its package")
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    handle, lock = server_of.Router.handle, threading.Lock()
+
+    def one_at_a_time(router: Any, method: str) -> None:
+        with lock:  # its store is a dictionary that its handlers walk through and change
+            handle(router, method)
+
     # Each of the clients keeps a connection open, for which a server of one thread would wait.
-    with mock.patch.object(http.server, "HTTPServer", http.server.ThreadingHTTPServer):
-        server = server_of.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-        server.start()
-    yield
-    server.stop()
+    with mock.patch.object(server_of.Router, "handle", one_at_a_time):
+        with mock.patch.object(http.server, "HTTPServer", http.server.ThreadingHTTPServer):
+            server = server_of.create_server(
+                "127.0.0.1", port, in_memory=True, default_bucket="bucket"
+            )
+            server.start()
+        yield
+        server.stop()
 
 
 STORES = {"s3": amazon, "gs": google}

@@ -92,7 +92,8 @@ def test_llama3_context_defaults_to_the_models():
         ("model_type", {"model_type": "lama"}),
         ("model_type", {"model_type": None}),
         ("model_type", {"model_type": ["llama"]}),
-        ("architectures", {"architectures": ["LlamaForSequenceClassification"]}),
+        ("architectures", {"architectures": ["LlamaForTokenClassification"]}),
+        ("id2label", {"architectures": ["LlamaForSequenceClassification"]}),  # of two labels
         ("architectures", {"architectures": 3}),
         ("architectures", {"architectures": "LlamaForCausalLM"}),
         ("num_hidden_layers", {"num_hidden_layers": 10**12}),
