@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes import schema_rules_online
-from jaxtune.recipes.schema_formats import check_formats, check_overlong
+from jaxtune.recipes.schema_formats import FORMATS_OF, check_formats, check_overlong
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
@@ -279,6 +279,15 @@ def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
 
 def _retention(values: Values) -> None:
     rolls_back = values["retention.on_rise"] == "rollback"
+    if values["retention.data"] and values["objective.name"] == "reward":
+        raise RequestError("cannot be measured: a reward model has no logits", key="retention.data")
+    for i, entry in enumerate(values["retention.data"]):
+        if entry["format"] not in FORMATS_OF["sft"]:
+            raise RequestError(
+                f"{entry['format']!r} has no loss a token to measure; these have: "
+                f"{', '.join(FORMATS_OF['sft'])}",
+                key=f"retention.data[{i}].format",
+            )
     if not values["retention.data"]:
         for key in ("retention.max_rise", "retention.ewc"):
             if values[key]:

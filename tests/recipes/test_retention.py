@@ -257,6 +257,19 @@ def test_the_kl_from_the_base_is_a_term_of_its_own(tmp_path):
     assert float(term.mean()) == pytest.approx(0.5 * 4.0 * total / weight, rel=1e-4)
 
 
+def test_what_has_no_loss_a_token_cannot_be_retained(tmp_path):
+    config = config_of(tmp_path)
+    config.retention["data"][0]["format"] = "preference"
+    with pytest.raises(RequestError, match="'preference' has no loss a token"):
+        resolve(config)
+    config = config_of(tmp_path, objective={"name": "reward"})
+    for section in ("train", "eval"):
+        config.data[section][0]["format"] = "preference"
+    config.model.tokenizer = "TOKENIZER_DIR"
+    with pytest.raises(RequestError, match="a reward model has no logits"):
+        resolve(config)
+
+
 @pytest.mark.parametrize("peft", ["full", "prompt"])
 def test_the_kl_needs_a_base_that_stays(tmp_path, peft):
     with pytest.raises(RequestError, match=r"retention\.kl: needs a base that stays"):
