@@ -76,14 +76,31 @@ def google(url: str, port: int) -> Iterator[None]:
     pytest.importorskip("google.cloud.storage", reason="needs google-cloud-storage")
     server_of = pytest.importorskip("gcp_storage_emulator.server", reason="needs its package")
     logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    from gcp_storage_emulator import exceptions
+    from gcp_storage_emulator.handlers import objects
+
     handle, lock = server_of.Router.handle, threading.Lock()
+    download = objects.download
 
     def one_at_a_time(router: Any, method: str) -> None:
         with lock:  # its store is a dictionary that its handlers walk through and change
             handle(router, method)
 
+    def with_generation(request: Any, response: Any, storage: Any, *args: Any, **more: Any) -> None:
+        """Google says which version it sends, and TensorStore writes the next one only over that.
+
+        It does so where a database has more than one commit: on a busy machine, now and then.
+        """
+        with contextlib.suppress(exceptions.NotFound):
+            file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = file["generation"]
+        download(request, response, storage, *args, **more)
+
     # Each of the clients keeps a connection open, for which a server of one thread would wait.
-    with mock.patch.object(server_of.Router, "handle", one_at_a_time):
+    with (
+        mock.patch.object(server_of.Router, "handle", one_at_a_time),
+        mock.patch.object(objects, "download", with_generation),
+    ):
         with mock.patch.object(http.server, "HTTPServer", http.server.ThreadingHTTPServer):
             server = server_of.create_server(
                 "127.0.0.1", port, in_memory=True, default_bucket="bucket"
