@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
-import sys
 import textwrap
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxtune.checkpoints import s3
+from jaxtune.checkpoints import loops, s3
 from jaxtune.checkpoints.pareto import Aims, KeepFront, Point, larger_is_better, points_of
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import is_remote
@@ -183,13 +180,13 @@ class RunCheckpoints:
     def blamed(self, step: int) -> Iterator[None]:
         """Turns what reading a damaged checkpoint raises into a DamagedCheckpoint."""
         try:
-            yield
+            with loops.finishing():
+                yield
         except (RequestError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # not the checkpoint's fault
         except Exception as error:  # Orbax raises many kinds, Exception itself among them
             cause = error.__cause__ or error
             reason = textwrap.shorten(f"{type(cause).__name__}: {cause}", 200, placeholder=" …")
-            forget(error)
         else:
             return
         raise DamagedCheckpoint(
@@ -294,21 +291,6 @@ def preservation(keep: int, best: str | None, aims: Aims | None) -> Any:
     if aims is not None:
         kept.append(KeepFront(aims))
     return policies.AnyPreservationPolicy(kept) if len(kept) > 1 else kept[0]
-
-
-def forget(error: Exception) -> None:
-    """Lets go of what a failed restore holds.
-
-    Orbax reads many arrays at once; when those that were still being read are thrown away, Python
-    prints the error of each to stderr, at some later moment. Here that is done at once, unsaid.
-    """
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = error.__context__ = error.__cause__ = None
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
 
 
 def named(tree: Any) -> dict[str, Any]:
