@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKDIR ?= runs/quickstart
 WORKERS ?= 2
+# A file's tests share what it has made, so they go to one worker.
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 TESTS ?= tests
 ARGS ?=
 
@@ -38,10 +40,10 @@ layering: install
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 test: lint layering
-	$(BIN)/python -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+	$(PYTEST) --durations=30 $(TESTS) $(ARGS)
 
 test-fast: lint layering
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(TESTS) $(ARGS)
+	$(PYTEST) -m "not slow" $(TESTS) $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -24,7 +24,7 @@ from jaxtune.models.decoder import abstract_params
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.recipes.base import from_hf
 from tests.checkpoints.world import BASE, logits_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.goldens import tiny
 
 
@@ -322,7 +322,7 @@ def test_memory_while_loading_stays_near_the_size_of_the_model(devices, quantize
     command = [sys.executable, "-m", "tests.checkpoints.load_memory"]
     # What glibc's arenas keep for each thread differs by 15 MB from run to run.
     settings = {"MALLOC_ARENA_MAX": "1"}
-    settings["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    settings["XLA_FLAGS"] = xla_flags(devices)
     done = subprocess.run(
         [*command, str(tmp_path / "small"), str(tmp_path / "large"), quantize],
         env=os.environ | settings,

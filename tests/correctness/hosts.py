@@ -22,16 +22,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 
 
 def child(arguments: list[str], request: dict[str, Any], index: int) -> int:
     """Runs one command in this process."""
     devices, told = request["devices"], request["signals"].get(str(index))
     os.environ["JAXTUNE_HOST_TIMEOUT"] = str(request["limit"])
-    os.environ["XLA_FLAGS"] = (
-        f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    )
+    os.environ["XLA_FLAGS"] = xla_flags(devices)
     handle = os.open(f"{request['log']}/{index}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)

@@ -9,6 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from tests.conftest import xla_flags
+
 
 def run(config: Path, workdir: Path, port: int, count: int, rank: int, stop: int) -> str:
     """Trains as one of `count` processes; returns "stopped"."""
@@ -31,6 +33,6 @@ if __name__ == "__main__":
     config, workdir, *numbers = sys.argv[1:]
     port, count, rank = map(int, numbers)
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // count}"
+    os.environ["XLA_FLAGS"] = xla_flags(devices=4 // count)
     stop = int(os.environ["STOP_AFTER_SAVE"])
     print(run(Path(config), Path(workdir), port, count, rank, stop))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.correctness.tiny_runs import assert_same_run, rows, run_config, steps
 
 KILLS, STEPS, EVERY = 20, 600, 40
@@ -45,7 +45,7 @@ class Command:
         self.config.write_text(json.dumps(config))
         # A cache of its own, since a kill may leave half an entry in it.
         self.env = os.environ | {
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": xla_flags(devices=1),
             "JAX_COMPILATION_CACHE_DIR": str(directory / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

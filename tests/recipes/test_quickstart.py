@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from jaxtune.recipes.quickstart import report, story, texts
+from tests.conftest import xla_flags
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/python.md"
 
 
 def python(code, *arguments, cwd):
     """Runs Python on one device, as a user does, and returns what it printed."""
-    environment = {**os.environ, "XLA_FLAGS": "", "COLUMNS": "120"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(devices=1), "COLUMNS": "120"}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True, check=True

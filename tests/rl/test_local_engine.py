@@ -24,7 +24,7 @@ from jaxtune.peft.method import TRAINED, labels
 from jaxtune.rl.engine import Sampling
 from jaxtune.rl.local_engine import LocalEngine
 from jaxtune.rl.mismatch import mismatch
-from tests.conftest import ROOT
+from tests.conftest import ROOT, xla_flags
 from tests.generate.tiny_models import CONFIG, model, row_logits
 
 PROMPTS = [[5, 9, 2, 40, 7], [3], [60, 1, 1, 17, 8, 30, 22, 4, 11, 50, 31]]
@@ -152,8 +152,7 @@ def test_each_of_two_processes_gets_all_samples():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"XLA_FLAGS": xla_flags(devices=2), "PYTHONPATH": str(ROOT)}
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, f"127.0.0.1:{port},2,{index}"],
