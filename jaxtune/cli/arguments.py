@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Sequence
@@ -121,6 +122,31 @@ def positive(text: str) -> int:
 
 
 positive.__name__ = "integer"
+
+
+def add_sampling(parser: Parser, *, max_new_tokens: int, temperature: float) -> None:
+    """Adds the flags of drawing tokens, with these defaults of the two."""
+    parser.add_argument(
+        "--max_new_tokens", type=positive, default=max_new_tokens, help=f"({max_new_tokens})"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus (1)")
+    parser.add_argument("--top_k", type=int, default=0, help="0 is off (0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+
+
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raises RequestError if a flag of `add_sampling` has a value that it cannot have."""
+    if not 0 <= args.temperature < math.inf:
+        raise RequestError(f"expected a number ≥ 0; got {args.temperature}", key="--temperature")
+    if not 0 < args.top_p <= 1:
+        raise RequestError(f"expected a number > 0 and ≤ 1; got {args.top_p}", key="--top_p")
+    for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
+        value = getattr(args, name)
+        if not 0 <= value <= most:
+            raise RequestError(f"expected an integer ≥ 0, ≤ {most}; got {value}", key=f"--{name}")
 
 
 def add_source(parser: Parser) -> None:

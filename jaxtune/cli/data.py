@@ -1,4 +1,4 @@
-"""`jaxtune data`: prepare, inspect, doctor and teacher."""
+"""`jaxtune data`: prepare, inspect, doctor, teacher and replay."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError, nearest
 
-ACTIONS = ("prepare", "inspect", "doctor", "teacher")
+ACTIONS = ("prepare", "inspect", "doctor", "teacher", "replay")
 
 USAGE = """usage: jaxtune data ACTION [flags]
 
@@ -19,6 +19,7 @@ actions:
   inspect  shows tokens in colour, with mask, role and segment
   doctor   looks for what is wrong with data: repeats, leaks, damage, lengths, personal data
   teacher  writes what a model says of each target, for distillation
+  replay   writes what a model writes by itself, to mix in or to be retained
 
 example:
   jaxtune data prepare --source=jsonl:FILE --format=chat --out=datasets --name=mine
@@ -35,9 +36,10 @@ def run(argv: Sequence[str]) -> int:
     if action not in ACTIONS:
         hint = nearest(action, ACTIONS)
         raise RequestError(
-            f"jaxtune data: expected prepare, inspect, doctor or teacher; got {action!r}{hint}"
+            f"jaxtune data: expected {', '.join(ACTIONS[:-1])} or {ACTIONS[-1]}; got "
+            f"{action!r}{hint}"
         )
-    if action in ("doctor", "teacher"):
+    if action in ("doctor", "teacher", "replay"):
         return importlib.import_module(f"jaxtune.cli.{action}").run(rest)
     return _prepare(rest) if action == "prepare" else _inspect(rest)
 

@@ -115,6 +115,8 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{gib(result['usable_bytes_per_device'])}",
         )
     )
+    if "sampling" in result:
+        out += _sampling_rows(result["sampling"])
     out.append(("seconds a step, at least", f"{result['step_seconds']:.4g}"))
     out += [(f"  {name}", f"{value:.4g}") for name, value in result["seconds"].items()]
     out.append(("limit", result["binding_limit"]))
@@ -129,6 +131,24 @@ def rows(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         source = f"{price['usd_per_device_hour']:g} an hour of a device, {price['source']}"
         out.append(("US dollars, at least", f"{_or_unknown(result['cost_usd'], '.2f')} ({source})"))
     return out
+
+
+def _sampling_rows(drawn: Mapping[str, Any]) -> list[tuple[str, str]]:
+    out = [
+        (
+            "an iteration samples, at most",
+            f"{drawn['tokens']:,} tokens in {drawn['samples']:,} completions, for {drawn['steps']} "
+            "steps",
+        )
+    ]
+    if drawn["engine"] == "local":
+        out.append(("  cache of", f"{drawn['rows']} rows, {gib(drawn['kv_cache_bytes'])}"))
+        limit = f"{drawn['decode_seconds']:.4g} ({drawn['binding_limit']})"
+        out.append(("  seconds of writing, at least", limit))
+    seconds = f"{drawn['seconds']:.4g}" + (
+        "" if drawn["engine"] == "local" else ", the server's not counted"
+    )
+    return [*out, ("  seconds in all, at least", seconds)]
 
 
 def _compiled_rows(compiled: Mapping[str, Any]) -> list[tuple[str, str]]:

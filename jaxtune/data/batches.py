@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxtune.data.columns import DTYPES, segments
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 
 Batch = dict[str, np.ndarray]
 

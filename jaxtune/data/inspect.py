@@ -10,8 +10,8 @@ import numpy as np
 from jaxtune.core.errors import RequestError
 from jaxtune.data.chat import ROLE_NAMES
 from jaxtune.data.prompts import Prompts, PromptStore
-from jaxtune.data.store import TokenStore
 from jaxtune.data.stream import Stream
+from jaxtune.data.token_store import TokenStore
 from jaxtune.data.tokenizer import Tokenizer
 
 _COLOURS = {

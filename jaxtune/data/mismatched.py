@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 
 if TYPE_CHECKING:
     from jaxtune.data.shares import SharedStore

@@ -18,15 +18,8 @@ import numpy as np
 from jaxtune.core.errors import RequestError
 from jaxtune.data.columns import DTYPES, room
 from jaxtune.data.sources import Source
-from jaxtune.data.store import (
-    PIECE,
-    Counts,
-    TokenStore,
-    all_dropped,
-    fingerprint_of,
-    keys_of,
-    tokenize,
-)
+from jaxtune.data.store import all_dropped, tokenize
+from jaxtune.data.token_store import PIECE, Counts, TokenStore, fingerprint_of, keys_of
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.parallel.processes import all_agree, gather, gather_arrays
 

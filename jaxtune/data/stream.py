@@ -25,7 +25,7 @@ from jaxtune.data.batches import (
 )
 from jaxtune.data.order import Order
 from jaxtune.data.packing import pack
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 
 # Rows are planned for at most so many examples at once, so that an epoch of any length can begin.
 _BLOCK = 1 << 18

@@ -13,7 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.shares import SharedStore
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.bootstrap import Interval, paired
 from jaxtune.models import decoder
 from jaxtune.objectives.distill import forward_kl, token_divergences

@@ -10,8 +10,8 @@ import jax
 from jaxtune.core.errors import RequestError
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
-from jaxtune.data.store import TokenStore, keys_of
 from jaxtune.data.stream import Budget, Stream
+from jaxtune.data.token_store import TokenStore, keys_of
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.recipes.schema_formats import splits_pairs
 

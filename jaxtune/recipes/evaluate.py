@@ -15,7 +15,7 @@ from jaxtune.core.tree import partition
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh

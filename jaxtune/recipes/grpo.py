@@ -17,10 +17,11 @@ from jaxtune.models import decoder
 from jaxtune.objectives import kl, policy
 from jaxtune.objectives.advantages import ADVANTAGES, penalised_returns, token_batch_normalised
 from jaxtune.objectives.sft import router_balance
-from jaxtune.recipes import online
+from jaxtune.recipes import online, online_told
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.objective import Objective
-from jaxtune.recipes.online import KL_COEF, Credit
+from jaxtune.recipes.online import Credit
+from jaxtune.recipes.online_told import KL_COEF
 from jaxtune.recipes.policy import View, base_reference, view
 from jaxtune.recipes.prompt_data import open_prompts
 from jaxtune.recipes.reference import adapters_off
@@ -180,7 +181,7 @@ OBJECTIVE = Objective(
     open_feed=functools.partial(online.open_feed, credit=credit),
     evaluate=online.evaluate,
     padding=online.padding,
-    show=online.show,
-    metrics=online.names,
+    show=online_told.show,
+    metrics=online_told.names,
     keeps_start=online.keeps_start,
 )

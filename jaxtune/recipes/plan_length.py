@@ -12,8 +12,7 @@ from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.schema import plain
-
-ABSENT = "jsonl:(not given)"
+from jaxtune.recipes.schema_formats import NOT_GIVEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +38,16 @@ def for_planning(config: Mapping[str, Any]) -> dict[str, Any]:
     A plan needs no data: an entry of `data.train` may lack its source, and a preset its tokenizer.
     """
     raw = plain(config)
-    data, model = dict(raw.get("data") or {}), raw.get("model") or {}
+    data = dict(raw.get("data") or {})
     entries = data.get("train")
-    if not isinstance(data.get("train"), list) or not isinstance(model, dict):
+    if not isinstance(entries, list):
         return raw
-    tokenizer = model.get("path") or model.get("tokenizer")
 
     def usable(entry: Any) -> Any:
         if not isinstance(entry, dict):
             return entry
         if entry.get("source") is None:
-            entry = entry | {"source": ABSENT}
-        if not tokenizer and entry["source"] == ABSENT:
-            entry = entry | {"format": "tokens"}
+            entry = {"format": "tokens"} | entry | {"source": NOT_GIVEN}
         return entry
 
     data["train"] = [usable(entry) for entry in entries]
@@ -79,7 +75,7 @@ def length_of(config: Any, base: Base, num_virtual: int) -> Length:
     warmup = given or round(config.optim.get("warmup_ratio", 0.0) * (steps or 0))
     # Any number of steps gives the same program.
     data = Data(None, Budget(steps or max(1000, warmup)), warmup, {})
-    name = "data.train" if missing == [ABSENT] else missing[0]
+    name = "data.train" if missing == [NOT_GIVEN] else missing[0]
     return Length(data, steps, None, f"{source}; {name} is not here to measure")
 
 

@@ -15,10 +15,11 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.models.decoder import abstract_params
 from jaxtune.parallel.mesh import AXES, batch_shards
 from jaxtune.peft.method import TRAINED
-from jaxtune.planning import chips, collectives, compile, flops, memory, roofline
+from jaxtune.planning import chips, collectives, compile, flops, memory, roofline, sampling
 from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.plan_draft import Draft
+from jaxtune.recipes.plan_sampling import of_iteration
 from jaxtune.recipes.scores import chunk_bytes
 
 
@@ -34,13 +35,19 @@ def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
         compiled = compile.compile_step(program.step, program.abstract_arguments(), mesh, quick)
         total = compiled.total_bytes
     usable = chips.usable_bytes(chip)
-    fits = total <= usable and (compiled is None or compiled.fits)
+    drawn = of_iteration(draft, per_device)
+    peak = total if drawn is None else max(total, drawn["bytes_per_device"])
+    fits = peak <= usable and (compiled is None or compiled.fits)
     seconds = dict(estimate.seconds)
     if compiled is not None and compiled.collectives is not None:
         seconds |= link_seconds(compiled, chip, mesh)
     binding = max(seconds, key=seconds.get)
     step_seconds = seconds[binding]
-    run_seconds = None if length.steps is None else length.steps * step_seconds
+    run_seconds = None
+    if length.steps is not None:
+        run_seconds = length.steps * step_seconds
+        if drawn is not None:
+            run_seconds += math.ceil(length.steps / drawn["steps"]) * drawn["seconds"]
     cost = None
     if run_seconds is not None and chip.price is not None:
         cost = run_seconds / 3600 * chip.price * mesh.size
@@ -51,10 +58,11 @@ def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
         "tokens_per_step": slots,
         "flops_per_step": operations,
         "flops_per_token": operations // slots,
-        "bytes_per_device": per_device | {"kv_cache": cache_bytes(model, config, mesh)},
+        "bytes_per_device": per_device
+        | {"kv_cache": sampling.cache_bytes(model, mesh, 1, config.data.seq_len)},
         "hbm_bytes_per_device": chip.hbm_bytes,
         "usable_bytes_per_device": usable,
-        "headroom_bytes": usable - total,
+        "headroom_bytes": usable - peak,
         "fits": fits,
         "step_seconds": step_seconds,
         "run_seconds": run_seconds,
@@ -73,6 +81,8 @@ def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
             "date": chips.DATE,
         },
     }
+    if drawn is not None:
+        result["sampling"] = drawn
     if compiled is not None:
         result["compiled"] = compiled_object(compiled, estimate, program.parts)
     return result
@@ -93,6 +103,10 @@ def analyse(
         work = dataclasses.replace(work, grad_accum=grad_accum)
     _, frozen = parts.split(parts.shapes)
     per_device = memory.bytes_per_device(work, program.layout, frozen)
+    if program.objective.keeps_start(program.config):
+        # A copy of what is trained, as it was before the first step.
+        for name in ("weights", "total"):
+            per_device[name] += per_device["trainable"]
     width = memory.bits(parts.config.dtype) / 8
     trained = parts.counts()["trainable"]
     blocks = memory.block_bytes(work, mesh) * parts.config.num_layers * work.grad_accum
@@ -158,16 +172,6 @@ def groups(parts: Parts) -> dict[str, dict[str, int]]:
         row["total"] += leaf.size
         row["trainable"] += leaf.size * (kinds[path] == TRAINED)
     return found
-
-
-def cache_bytes(model: ModelConfig, config: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Returns the bytes of the KV cache of one row of seq_len tokens, as generation needs it.
-
-    Training has none, so it is no part of the total.
-    """
-    heads = mesh.shape["tensor"] if model.num_kv_heads % mesh.shape["tensor"] == 0 else 1
-    width = 2 * model.num_layers * model.num_kv_heads * model.head_dim // heads
-    return width * config.data.seq_len * memory.bits(model.dtype) // 8
 
 
 def link_seconds(

@@ -14,7 +14,7 @@ from jaxtune.core.weighted import Weighted
 from jaxtune.data.batches import Batch
 from jaxtune.objectives import value
 from jaxtune.objectives.advantages import token_rewards
-from jaxtune.recipes import online
+from jaxtune.recipes import online, online_told
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.grpo import check_exact, look, policy_terms
 from jaxtune.recipes.objective import Objective
@@ -84,7 +84,7 @@ OBJECTIVE = Objective(
     open_feed=functools.partial(online.open_feed, credit=credit),
     evaluate=online.evaluate,
     padding=online.padding,
-    show=online.show,
-    metrics=online.names,
+    show=online_told.show,
+    metrics=online_told.names,
     keeps_start=online.keeps_start,
 )

@@ -23,7 +23,7 @@ from jaxtune.core.places import is_remote
 from jaxtune.core.tree import Tree, combine
 from jaxtune.data.batches import placed_batches
 from jaxtune.data.shares import SharedStore
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.loss import loss_sums
 from jaxtune.models import decoder
 from jaxtune.parallel import processes

@@ -17,7 +17,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.shares import SharedStore
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import Rows, held_rows
 from jaxtune.parallel.mesh import batch_shards

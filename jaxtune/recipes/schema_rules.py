@@ -10,7 +10,12 @@ from typing import Any
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes import schema_rules_online
-from jaxtune.recipes.schema_formats import FORMATS_OF, check_formats, check_overlong
+from jaxtune.recipes.schema_formats import (
+    FORMATS_OF,
+    NOT_GIVEN,
+    check_formats,
+    check_overlong,
+)
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 
 Values = dict[str, Any]
@@ -121,10 +126,11 @@ def _data(values: Values) -> None:
             f"is used only by the formats that hold messages; here are {sorted(formats)}",
             key="data.template",
         )
-    if values["model.path"] is None and values["model.tokenizer"] is None and formats - {"tokens"}:
+    texts = {e["format"] for e in (*train, *held_out) if e["source"] != NOT_GIVEN} - {"tokens"}
+    if values["model.path"] is None and values["model.tokenizer"] is None and texts:
         raise RequestError(
             f"missing: model.preset = {values['model.preset']!r} brings no tokenizer, and format "
-            f"{min(formats - {'tokens'})!r} needs one",
+            f"{min(texts)!r} needs one",
             key="model.tokenizer",
         )
     virtual = values.get("peft.num_tokens", 0)

@@ -22,7 +22,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.data.shares import SharedStore
-from jaxtune.data.store import TokenStore
+from jaxtune.data.token_store import TokenStore
 from jaxtune.parallel.batches import held_rows
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.base import Base

@@ -58,7 +58,7 @@ def test_a_damaged_line_is_named(refused, tokens) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ([], "expected prepare, inspect, doctor or teacher"),
+        ([], "expected prepare, inspect, doctor, teacher or replay"),
         (["inspct"], "did you mean 'inspect'?"),
         (["prepare"], "--source: is missing"),
         (["prepare", "--source=x"], "did you mean 'jsonl:x'?"),

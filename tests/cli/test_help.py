@@ -28,6 +28,7 @@ VERBS = (
     ("data", "prepare", "--help"),
     ("data", "inspect", "--help"),
     ("data", "doctor", "--help"),
+    ("data", "replay", "--help"),
     ("sweep", "--help"),
     ("diff", "--help"),
     ("quickstart", "--help"),
@@ -71,6 +72,8 @@ def works(world: Path, recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     recipe("export", export=noting("export", {"out": "x"}))
     recipe("language_model", load=noting("load", lm))
     recipe("quickstart", main=noting("quickstart", 0))
+    samples = {"num": 1, "new_tokens": 1, "ended": 1, "longest": 1}
+    recipe("replay", write_replay=noting("write_replay", samples))
     recipe("diff", diff=noting("diff", {"config": []}))
     recipe("sweep_metrics", metric_names=lambda config: names_of(config))
     prepared = {"directory": "x", "splits": {"train": 1}}

@@ -17,8 +17,11 @@ from jaxtune.core.tree import flatten
 from jaxtune.recipes.build import build
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.write_teacher import write_teacher
+from tests.correctness import interrupts
+from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config
 from tests.correctness.runs import OVERRIDES
+from tests.correctness.tiny_runs import assert_same_run
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +78,7 @@ def finished(data, teacher):
     def run(divergence: str):
         more = {"mixture": 0.3} if divergence == "jsd" else {}
         objective = objective_of(teacher, divergence, nll_weight=0.5, **more)
-        config = config_of(data, objective, PEFT, total_steps=4)
+        config = config_of(data, objective, PEFT, total_steps=4, checkpoint={"every_steps": 2})
         return config, jaxtune.train(config, data / divergence).history
 
     return run
@@ -135,6 +138,27 @@ def test_c1_micro_batches_do_not_matter(data, finished):
         for name in ("loss", "loss/distill", "eval/loss"):
             if name in one:
                 np.testing.assert_allclose(one[name], two[name], rtol=1e-4, err_msg=name)
+
+
+def test_c2_devices_do_not_matter(data, finished):
+    """The teacher is spread as the student is."""
+    config, history = finished("forward")
+    mesh = {"data": 2, "fsdp": 2}
+    again = jaxtune.train(config | {"mesh": mesh}, data / "spread").history
+    for one, four in zip(history, again, strict=True):
+        for name in ("loss", "loss/distill", "grad_norm", "eval/loss"):
+            if name in one:
+                np.testing.assert_allclose(one[name], four[name], rtol=1e-4, err_msg=name)
+
+
+def test_c26_a_run_that_is_stopped_is_the_undisturbed_one(data, finished):
+    config, _ = finished("forward")
+    bench = Workbench()
+    with interrupts.after_the_row(3):
+        bench.train(config, data / "stopped")
+    bench.train(config, data / "stopped")
+    assert len(bench.batches) == 2  # from the checkpoint of step 2
+    assert_same_run(data / "forward", data / "stopped")
 
 
 def test_a_checkpoint_holds_nothing_of_the_teacher_and_loads_without_it(data, finished):

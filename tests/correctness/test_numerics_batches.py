@@ -11,7 +11,7 @@ import pytest
 
 from jaxtune.core.tree import flatten, map_paths
 from jaxtune.data.batches import eval_batches
-from jaxtune.data.store import Counts, TokenStore
+from jaxtune.data.token_store import Counts, TokenStore
 from jaxtune.evaluate.loss import loss_sums
 from jaxtune.models.config import LayerKind
 from jaxtune.models.decoder import hidden_states, logits

@@ -17,6 +17,7 @@ from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.reference import COLUMN, WrongReference, adapters_off
 from jaxtune.recipes.schema import resolve
+from jaxtune.training.step import mean_loss, terms
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config
@@ -166,7 +167,35 @@ def test_c22_both_sides_stand_behind_the_same_prompt(data):
         assert set(np.unique(batch["completions"][row])) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("name", ["dpo", "orpo"])
+@pytest.mark.parametrize("name", ["orpo", "simpo", "cpo"])
+def test_c26_losses_without_a_reference_learn_and_go_on_exactly(name, data, bench, tmp_path):
+    """Without dropout, so that the first loss is that of the model as it was loaded."""
+    config = pair_config(
+        data,
+        {"method": "lora", "rank": 3},
+        objective={"name": name},
+        eval={"every_steps": 3},
+        checkpoint={"every_steps": 2, "async_save": False},
+        total_steps=6,
+    )
+    history = bench.train(config, tmp_path / "one").history
+    plan = build(resolve(config))
+    params = load_parts(plan.base, plan.parts, plan.mesh, 0, None)
+    with jax.set_mesh(plan.mesh):
+        losses, _ = plan.loss(*plan.parts.split(params), plan.data.stream.batch(0, 4), None)
+    assert history[0]["loss"] == pytest.approx(float(mean_loss(terms(losses))), rel=1e-5)
+    held = [row for row in history if "eval/loss" in row]
+    assert [row["step"] for row in held] == [3, 6]
+    assert held[1]["eval/loss"] < held[0]["eval/loss"] and "eval/margin" in held[1]
+    assert not (tmp_path / "one/reference").exists()
+    with interrupts.after_the_row(5):
+        bench.train(config, tmp_path / "two")
+    bench.train(config, tmp_path / "two")
+    assert len(bench.batches) == 2  # from the checkpoint of step 4
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "simpo", "cpo"])
 def test_c3_evaluation_does_not_depend_on_the_batch_size(name, data):
     """CORRECTNESS C3: one pair weighs as much as another, whatever batch it comes in."""
     results = []

@@ -15,8 +15,9 @@ import pytest
 from jaxtune.core.errors import RequestError
 from jaxtune.data import shares
 from jaxtune.data.sources import Source, open_source
-from jaxtune.data.store import PIECE, tokenize
+from jaxtune.data.store import tokenize
 from jaxtune.data.stream import Stream
+from jaxtune.data.token_store import PIECE
 
 
 class Processes:
