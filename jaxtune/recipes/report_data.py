@@ -78,10 +78,20 @@ def diagnosed(workdir: Path, config: Mapping[str, Any]) -> Markup | None:
             finding["kind"],
             f"{finding['count']:,}",
             f"{finding['share']:.2%}",
-            "; ".join(example["where"] for example in finding["examples"][:PLACES]),
+            "; ".join(map(placed, finding["examples"][:PLACES])),
         )
         for finding in found["findings"]
     ]
     header = ("severity", "kind", "rows", "share", "for example")
     table = [html.table(header, rows, numbers=(2, 3))] if rows else []
     return html.join([html.heading("Findings", 3), html.paragraph(told), *table])
+
+
+def placed(example: Mapping[str, Any]) -> str:
+    """Returns where an example of a finding stands, and what is said of it.
+
+    >>> placed({"where": "a.jsonl:3", "detail": "as b.jsonl:1"})
+    'a.jsonl:3 (as b.jsonl:1)'
+    """
+    detail = example.get("detail")
+    return f"{example['where']} ({detail})" if detail else example["where"]
