@@ -13,12 +13,14 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 TESTS ?= tests
 ARGS ?=
+TUTORIALS ?= $(addprefix docs/tutorials/,$(addsuffix .md,instructions lora_or_full classifier rlhf legal))
 
-.PHONY: help install quickstart test test-fast lint layering format docs families-page plan-page clean
+.PHONY: help install quickstart test test-fast lint layering format docs site tutorials families-page \
+	plan-page clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
-	@echo "others: install lint layering format test-fast docs families-page plan-page clean"
+	@echo "others: install lint layering format test-fast docs site tutorials families-page plan-page clean"
 	@echo "        make test TESTS=tests/data ARGS='-k packing'"
 
 install: $(INSTALLED)
@@ -51,6 +53,17 @@ format: install
 
 docs: install
 	$(BIN)/python docs/write_reference.py
+
+# docs/ as a site in site/, to be opened from there; it needs no network to be read.
+site: install
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Runs the tutorials as a reader does, and writes what they print into their pages. Needs the
+# quickstart's runs/quickstart; runs/mine, choice, classifier, rlhf and legal are made anew.
+tutorials: install
+	rm -rf runs/mine runs/choice runs/classifier runs/rlhf runs/legal
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m tests.tutorials.runner --write $(TUTORIALS)
 
 # Some minutes; needs torch, transformers and peft.
 families-page: install

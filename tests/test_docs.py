@@ -7,22 +7,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tpu_scripts/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tpu_scripts/*.md")])
+FENCED = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Made by a command on the same page, or the reader's own.
 THEIRS = ("MODEL_DIR", "train.jsonl", "FILE", "DIR")
 
 
 def commands():
-    """Yields (page, words) of each indented `jaxtune` command, and of those of the configs.
+    """Yields (page, words) of each `jaxtune` command, indented or fenced, and of the configs.
 
     So are those that a script of tpu_scripts/ is to run on other machines.
     """
     for page in [*PAGES, *sorted(ROOT.glob("configs/*.py"))]:
         text = re.sub(r"\\\n\s*", "", page.read_text(encoding="utf-8"))
         start = r"^    (?:\.venv/bin/|tpu_scripts/.* -- )?"
-        for line in re.findall(start + r"(jaxtune .*)$", text, re.MULTILINE):
+        fenced = "".join(FENCED.findall(text))
+        for line in re.findall(start + r"(jaxtune .*)$", text, re.MULTILINE) + re.findall(
+            r"^(?:tpu_scripts/.* -- )?(jaxtune .*?)(?: > \S+)?(?: \|\| true)?$",
+            fenced,
+            re.MULTILINE,
+        ):
             yield page.relative_to(ROOT), shlex.split(line)[1:]
 
 
@@ -100,3 +107,48 @@ def test_families_page_has_every_family_within_its_bound():
         assert "60 of 60" in cells and "same bytes" in cells
         rows = [row for row, fields in ROWS.items() if fields["model_type"] == name]
         assert variants[name] == ", ".join(rows), "make families-page"
+
+
+def navigation(entries):
+    """Returns the pages that the site's navigation names, in order."""
+    found = []
+    for entry in entries:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            found += navigation(value) if isinstance(value, list) else [value]
+    return found
+
+
+def test_site_names_every_page_once():
+    from docs.site_files import place, sources
+
+    named = navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted(place(source) for source in sources())
+
+
+def test_links_lead_somewhere_from_the_site_too():
+    """Those of pages that lie elsewhere, such as README, are written anew, and still lead there."""
+    from docs.site_files import place, sources, targets
+
+    known = {place(source) for source in sources()}
+    for source in sources():
+        for link, path in targets(source, (ROOT / source).read_text(encoding="utf-8")).items():
+            assert (ROOT / path).is_file(), (source, link)
+            assert not link.endswith(".md") or place(path) in known, (source, link)
+
+
+@pytest.mark.slow
+def test_site_builds_and_needs_no_network(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", f"--site-dir={tmp_path}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = sorted(set(tmp_path.rglob("*.html")) - {tmp_path / "404.html"})
+    assert len(pages) > 30 and not [*tmp_path.rglob("*.py")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=\"?([^\" >]+)", text)
+        assert loaded and not [url for url in loaded if url.startswith(("http", "//"))], page
+        for link in re.findall(r'<a\b[^>]*?href="?([^" >#]+)', text):
+            if ":" not in link:
+                assert (page.parent / link).exists(), (page, link)

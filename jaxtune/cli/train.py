@@ -40,7 +40,9 @@ def run(argv: Sequence[str]) -> int:
         help="stop once so much is spent on training: 20USD, 3h, 90min; a larger one continues",
     )
     parser.add_argument(
-        "--price", metavar="USD|FILE", help="dollars an hour of one device, for --budget"
+        "--price",
+        metavar="USD|FILE",
+        help="dollars an hour of one device, for --budget and the report",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     split = arguments.split(argv)

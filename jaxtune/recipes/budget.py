@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -34,11 +36,39 @@ def seconds_of(text: str, price: str | float | None = None) -> float:
     if not dollars:
         return amount * _SECONDS[unit]
     devices = jax.devices()
-    chip = chips.of_device_kind(devices[0].device_kind) or chips.unknown(devices[0].device_kind)
-    chip = chips.with_price(chip, price)
+    chip = chip_of(devices, price)
     if not chip.price:
         raise RequestError(
             f"no price of {chip.name} is known: give --price=USD an hour of one device, or a time",
             key="--budget",
         )
     return amount / (chip.price * len(devices)) * 3600
+
+
+def chip_of(devices: Sequence[jax.Device], price: str | float | None) -> chips.Chip:
+    """Returns what is known of the devices, at the given price or the chip's list price."""
+    kind = devices[0].device_kind
+    return chips.with_price(chips.of_device_kind(kind) or chips.unknown(kind), price)
+
+
+def spent(
+    seconds: float, devices: Sequence[jax.Device], price: str | float | None
+) -> dict[str, Any]:
+    """Returns what training has cost: `device`, `device_hours`, `usd` and what it is made of.
+
+    `usd`, `usd_per_device_hour` and `price_source` are None where no price of the devices is known.
+
+    Args:
+        seconds: of training.
+        devices: that the run holds, whether they are busy or not.
+        price: US dollars an hour of one device, or a file; by default the chip's list price.
+    """
+    chip, hours = chip_of(devices, price), seconds / 3600 * len(devices)
+    known = bool(chip.price)
+    return {
+        "device": devices[0].device_kind,
+        "device_hours": hours,
+        "usd": hours * chip.price if known else None,
+        "usd_per_device_hour": chip.price if known else None,
+        "price_source": chip.price_source if known else None,
+    }

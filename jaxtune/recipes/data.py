@@ -6,8 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtune.core.errors import RequestError
+from jaxtune.data.review import review
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget, Stream
@@ -38,6 +40,18 @@ class Data:
     evals: dict[str, TokenStore | SharedStore]
     mismatched: Data | None = None
     teacher: Any = None
+
+    def review(self) -> list[dict[str, Any]]:
+        """Returns what `data.review` says of each training source, in order.
+
+        Of a source that several processes share, repeats are those of this process's examples.
+        """
+        out = []
+        for store in self.stream.stores:
+            here = store.own if isinstance(store, SharedStore) else store
+            lengths = np.diff(here.offsets) if here is store else store.lengths
+            out.append(review(lengths, here.ids, here.offsets))
+        return out
 
 
 def open_store(

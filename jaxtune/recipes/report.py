@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtune.core import page as html
 from jaxtune.core.page import Markup, element, text
-from jaxtune.recipes import showcase
+from jaxtune.recipes import report_data, showcase
 from jaxtune.recipes import workdir as files
 from jaxtune.training.workdir import metrics_file, read_json, write_whole
 
@@ -45,10 +45,11 @@ def report(workdir: Path) -> str:
         *section("Other metrics", others(rows)),
         *section("What is retained", retained(rows)),
         *section("Learning rate", curves(rows, ["learning_rate"])),
-        *section("Throughput", throughput(rows)),
+        *section("Throughput", curves(rows, ["tokens_per_second"])),
+        *section("Memory", memory(summary)),
         *section("Before and after", side_by_side(workdir)),
         *section("Samples", sampled(workdir)),
-        *section("Data", data(config, summary)),
+        *section("Data", report_data.data(workdir, config, summary)),
         *section("Cost", cost(summary)),
         *section("Fingerprints", fingerprints(summary)),
         *section("Again", again(workdir, config)),
@@ -138,11 +139,6 @@ def retained(rows: Rows) -> Markup | None:
     return html.join(parts) if parts else None
 
 
-def throughput(rows: Rows) -> Markup | None:
-    """Returns tokens a second by step."""
-    return curves(rows, ["tokens_per_second"])
-
-
 def side_by_side(workdir: Path) -> Markup | None:
     """Returns completions before and after training, beside what the data has."""
     found = showcase.read(workdir)
@@ -168,32 +164,33 @@ def sampled(workdir: Path) -> Markup | None:
     return html.table(("step", "prompt", "completion", "reward"), cells, numbers=(0, 3))
 
 
-def data(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
-    """Returns the sources, and what became of their records."""
-    stats = summary.get("data", {})
-    if not stats.get("sources"):
+def memory(summary: Mapping[str, Any]) -> Markup | None:
+    """Returns the most memory that the run has used."""
+    peak = summary.get("memory")
+    if not peak:
         return None
-    names = list(dict.fromkeys(name for counts in stats["sources"] for name in counts))
-    rows = [(name, *(f"{counts.get(name, 0):,}" for counts in stats["sources"])) for name in names]
-    header = ("", *(Path(entry["source"]).name for entry in config["data"]["train"]))
-    rest = {k: v for k, v in stats.items() if k != "sources" and isinstance(v, int | float)}
-    told = ", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in rest.items())
-    table = html.table(header, rows, numbers=range(1, len(header)))
-    return html.join([table, html.paragraph(told, soft=True)])
+    known = [("fullest device", peak["device_bytes"]), ("host process", peak["host_bytes"])]
+    cells = [(name, f"{size / 2**30:,.2f} GiB") for name, size in known if size is not None]
+    note = "The most that was in use at any time since the process began."
+    return html.join(
+        [html.table(("", "at most"), cells, numbers=(1,)), html.paragraph(note, soft=True)]
+    )
 
 
 def cost(summary: Mapping[str, Any]) -> Markup | None:
-    """Returns time and machines."""
-    if "wall_seconds" not in summary:
+    """Returns time, machines and money."""
+    spent = summary.get("cost")
+    if not spent:
         return None
-    hours = summary["wall_seconds"] / 3600
     rows = [
         ("training time", f"{summary['wall_seconds']:,.1f} s"),
-        ("devices", f"{summary.get('devices', 0)} ({summary.get('platform', '')})"),
-        ("device hours", f"{hours * summary.get('devices', 0):,.4g}"),
-        *summary.get("versions", {}).items(),
+        ("devices", f"{summary['devices']} × {spent['device']} ({summary['platform']})"),
+        ("device hours", f"{spent['device_hours']:,.4g}"),
     ]
-    return html.table(("", ""), rows)
+    if spent["usd"] is not None:
+        price = f"{spent['usd_per_device_hour']:g} an hour of a device, {spent['price_source']}"
+        rows.append(("US dollars", f"{spent['usd']:,.2f} ({price})"))
+    return html.table(("", ""), [*rows, *summary.get("versions", {}).items()])
 
 
 def fingerprints(summary: Mapping[str, Any]) -> Markup | None:

@@ -25,7 +25,7 @@ from jaxtune.parallel.rules import replicated
 from jaxtune.recipes import reference_data
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
-from jaxtune.recipes.budget import seconds_of
+from jaxtune.recipes.budget import chip_of, seconds_of, spent
 from jaxtune.recipes.build import Plan, build
 from jaxtune.recipes.report import write_report
 from jaxtune.recipes.schema import resolve
@@ -34,6 +34,7 @@ from jaxtune.recipes.versions import code_fingerprint, versions
 from jaxtune.training import stop
 from jaxtune.training.compile import fresh_state
 from jaxtune.training.loop import Outcome, Totals
+from jaxtune.training.memory import peak_memory
 from jaxtune.training.state import TrainState
 from jaxtune.training.workdir import MetricsFile, metrics_file, write_json
 
@@ -81,6 +82,8 @@ def train(
     """
     config, workdir = resolve(config), place(workdir, "--workdir")
     limit = math.inf if budget is None else seconds_of(budget, price)
+    if price is not None:
+        chip_of(jax.devices(), price)  # a mistake in it is told now, not after the run
     files.check_config(workdir, config.to_dict(), allow_change)
     metrics = metrics_file(workdir / files.METRICS)
     rows = metrics.rows()
@@ -125,7 +128,7 @@ def train(
             error.add_note(f"the run failed; see {workdir / files.SUMMARY}")
             raise
         rows = metrics.rows()
-        summary = summarise(plan, outcome, totals, rows, time.time() - started)
+        summary = summarise(plan, outcome, totals, rows, time.time() - started, price)
         if begun.damaged:
             summary["damaged_checkpoints"] = {str(s): told for s, told in begun.damaged.items()}
         if is_writer():
@@ -252,10 +255,15 @@ def restore(
 
 
 def summarise(
-    plan: Plan, outcome: Outcome, totals: Totals, rows: list[dict[str, Any]], seconds: float
+    plan: Plan,
+    outcome: Outcome,
+    totals: Totals,
+    rows: list[dict[str, Any]],
+    seconds: float,
+    price: str | float | None,
 ) -> dict[str, Any]:
     """Returns what `summary.json` holds."""
-    stats = plan.data.stream.stats()
+    devices = list(plan.mesh.devices.flat)
     summary = {
         "stop_reason": outcome.stop_reason,
         "step": outcome.step,
@@ -267,10 +275,12 @@ def summarise(
         "wall_seconds": totals.seconds,
         "session_seconds": seconds,
         "parameters": plan.parts.counts(),
-        "data": stats,
+        "data": plan.data.stream.stats() | {"review": plan.data.review()},
         "fingerprints": plan.fingerprints(),
-        "devices": len(plan.mesh.devices.flat),
-        "platform": plan.mesh.devices.flat[0].platform,
+        "devices": len(devices),
+        "platform": devices[0].platform,
+        "cost": spent(totals.seconds, devices, price),
+        "memory": peak_memory(),
         "attention": dataclasses.asdict(plan.attention),
         "versions": versions(),
         "code": code_fingerprint(),

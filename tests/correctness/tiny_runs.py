@@ -131,10 +131,13 @@ def assert_same_run(left: Path, right: Path) -> None:
         assert array.dtype == two[name].dtype, name
         assert array.tobytes() == two[name].tobytes(), name
     clocks = ("wall_seconds", "session_seconds", "metrics")
+    machine = ("cost", "memory")  # of a clock, and of all that the process has done
     first, second = (json.loads((d / "summary.json").read_text()) for d in (left, right))
     for name in clocks[:2]:
         assert first.pop(name) >= 0 and second.pop(name) >= 0
     for summary in (first, second):
+        for name in machine:
+            assert summary.pop(name)
         for name in TIMINGS:
             summary["metrics"].pop(name, None)
     assert first == second

@@ -66,7 +66,7 @@ def config_of(world: Path) -> dict:
 
 def test_a_run_ends_with_its_report(world, tmp_path):
     workdir = tmp_path / "a <run>"
-    summary = jaxtune.train(config_of(world), workdir).summary
+    summary = jaxtune.train(config_of(world), workdir, price=3600).summary
     source = (workdir / "report.html").read_text(encoding="utf-8")
     page = Page(source)
     assert page.links == [] and "<script" not in source and "viewport" in source
@@ -77,6 +77,7 @@ def test_a_run_ends_with_its_report(world, tmp_path):
         "What is retained",
         "Learning rate",
         "Throughput",
+        "Memory",
         "Before and after",
         "Data",
         "Cost",
@@ -90,6 +91,9 @@ def test_a_run_ends_with_its_report(world, tmp_path):
         *filter(None, summary["fingerprints"].values()),
         summary["code"],
         f"{summary['parameters']['trainable']:,}",
+        f"{summary['memory']['host_bytes'] / 2**30:,.2f} GiB",
+        f"{summary['cost']['usd']:,.2f} (3600 an hour of a device, --price)",
+        f"most {summary['data']['review'][0]['longest']}",
     ):
         assert value in words
     items = json.loads((workdir / "showcase.json").read_text())["items"]
@@ -99,6 +103,25 @@ def test_a_run_ends_with_its_report(world, tmp_path):
     assert main(again) == 0
     one, two = (json.loads((d / "summary.json").read_text()) for d in (workdir, tmp_path / "again"))
     assert one["metrics"]["loss"] == two["metrics"]["loss"]
+    assert one["cost"]["usd"] == pytest.approx(one["wall_seconds"]) and two["cost"]["usd"] is None
+
+
+def test_what_the_doctor_found_is_in_the_page(world, tmp_path):
+    """Its own report, beside the run's files; a leak between the splits is planted."""
+    config = config_of(world)
+    leaking = tmp_path / "leaking.jsonl"
+    leaking.write_text((world / "train.jsonl").read_text().splitlines()[0] + "\n")
+    config["data"]["eval"][0]["source"] = f"jsonl:{leaking}"
+    (tmp_path / "config.json").write_text(json.dumps(resolve(config).to_dict()))
+    words = [f"--config={tmp_path / 'config.json'}", f"--json={tmp_path / 'doctor.json'}"]
+    assert main(["data", "doctor", *words]) == 0
+    words = " ".join(Page(report(tmp_path)).words)
+    assert "split_leak" in words and "leaking.jsonl:1" in words
+    assert "Not data of this run" not in words
+    found = json.loads((tmp_path / "doctor.json").read_text())
+    found["inputs"][0]["source"] = "jsonl:elsewhere.jsonl"
+    (tmp_path / "doctor.json").write_text(json.dumps(found))
+    assert "Not data of this run: jsonl:elsewhere.jsonl" in " ".join(Page(report(tmp_path)).words)
 
 
 def test_a_run_that_is_going_on_has_a_page_too(world, tmp_path):

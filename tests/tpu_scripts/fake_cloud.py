@@ -19,6 +19,9 @@ import sys
 from pathlib import Path
 
 FLAGS = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
+# What is done once for a project, and changes nothing that the scripts see.
+RECORDED = ("auth login", "projects create", "billing projects link", "services enable")
+PROJECT_NUMBER = 123456789012
 
 
 def known_command(tool, words):
@@ -158,7 +161,16 @@ class Cloud:
 
     def storage(self, command, words):
         here = self.root / "bucket" / words[0].removeprefix("gs://")
-        if command == "storage cat":
+        if command == "storage buckets create":
+            here.mkdir(parents=True)
+        elif command.startswith("storage buckets "):
+            if not here.is_dir():
+                sys.exit(f"ERROR: (gcloud) the bucket {words[0]} does not exist")
+        elif command == "storage cp" and words[1].startswith("gs://"):
+            there = self.root / "bucket" / words[1].removeprefix("gs://")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(words[0], there)
+        elif command == "storage cat":
             if not here.is_file():
                 sys.exit("ERROR: (gcloud.storage.cat) The following URLs matched no objects")
             print(here.read_text(), end="")
@@ -192,7 +204,11 @@ def main():
         if verb == "create" and "--script-dir" in flags:
             shutil.copytree(flags["--script-dir"], root / "image")
         return
-    if command.startswith("storage "):
+    if command in RECORDED:
+        return
+    if command == "projects describe":
+        print(PROJECT_NUMBER)
+    elif command.startswith("storage "):
         cloud.storage(command, rest)
     elif verb in ("create", "delete"):
         getattr(cloud, verb)(kind)
@@ -200,6 +216,8 @@ def main():
             cloud.delete("node")
     elif verb == "describe":
         cloud.describe(kind, flags["--format"])
+    elif verb == "list":
+        print("jaxtune\n" if cloud.get(kind) else "", end="")
     elif verb == "ssh":
         cloud.ssh(flags)
     elif verb == "scp":

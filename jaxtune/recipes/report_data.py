@@ -1,0 +1,97 @@
+"""The part of a run's report that is about its data: what was read, what was found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtune.core import page as html
+from jaxtune.core.page import Markup
+from jaxtune.training.workdir import read_json
+
+# `jaxtune data doctor --json=WORKDIR/doctor.json` puts its findings into the run's report.
+DOCTOR = "doctor.json"
+PLACES = 3  # places of a finding that are shown
+
+
+def data(workdir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
+    """Returns what became of the records, how long examples are, and what the doctor found."""
+    parts = [counted(config, summary), reviewed(config, summary), diagnosed(workdir, config)]
+    known = [part for part in parts if part is not None]
+    return html.join(known) if known else None
+
+
+def names_of(config: Mapping[str, Any]) -> list[str]:
+    """Returns the training sources by the last part of their place."""
+    return [Path(entry["source"]).name for entry in config["data"]["train"]]
+
+
+def counted(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
+    """Returns the sources, and what became of their records."""
+    stats = summary.get("data", {})
+    if not stats.get("sources"):
+        return None
+    names = list(dict.fromkeys(name for counts in stats["sources"] for name in counts))
+    rows = [(name, *(f"{counts.get(name, 0):,}" for counts in stats["sources"])) for name in names]
+    header = ("", *names_of(config))
+    rest = {k: v for k, v in stats.items() if k != "sources" and isinstance(v, int | float)}
+    told = ", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in rest.items())
+    table = html.table(header, rows, numbers=range(1, len(header)))
+    return html.join([table, html.paragraph(told, soft=True)])
+
+
+def reviewed(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
+    """Returns lengths and repeats of each source; a line marks `data.seq_len`."""
+    found = summary.get("data", {}).get("review")
+    if not found:
+        return None
+    parts = []
+    for name, one in zip(names_of(config), found, strict=True):
+        label = f"{name}: examples by their tokens"
+        parts.append(html.histogram(one["edges"], one["counts"], label, config["data"]["seq_len"]))
+        repeated = f"{one['repeats']:,} of {one['compared']:,} examples repeat an earlier one"
+        told = f"median {one['median']:,.4g}, 95 % {one['p95']:,.4g}, most {one['longest']:,}"
+        parts.append(html.paragraph(f"{label}: {told}; {repeated}.", soft=True))
+    return html.join(parts)
+
+
+def diagnosed(workdir: Path, config: Mapping[str, Any]) -> Markup | None:
+    """Returns the findings of the data doctor, where its JSON report lies in the workdir.
+
+    Raises:
+        RequestError: the file is damaged.
+    """
+    path = workdir / DOCTOR
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    mine = {entry["source"] for key in ("train", "eval") for entry in config["data"][key]}
+    others = sorted({item["source"] for item in found["inputs"]} - mine)
+    told = f"The data doctor looked at {found['rows']:,} rows"
+    told += f", {found['rows_without_finding']:,} of them without a finding."
+    if others:
+        told += f" Not data of this run: {', '.join(others)}."
+    rows = [
+        (
+            html.element("span", html.text(finding["severity"]), css=finding["severity"]),
+            finding["kind"],
+            f"{finding['count']:,}",
+            f"{finding['share']:.2%}",
+            "; ".join(map(placed, finding["examples"][:PLACES])),
+        )
+        for finding in found["findings"]
+    ]
+    header = ("severity", "kind", "rows", "share", "for example")
+    table = [html.table(header, rows, numbers=(2, 3))] if rows else []
+    return html.join([html.heading("Findings", 3), html.paragraph(told), *table])
+
+
+def placed(example: Mapping[str, Any]) -> str:
+    """Returns where an example of a finding stands, and what is said of it.
+
+    >>> placed({"where": "a.jsonl:3", "detail": "as b.jsonl:1"})
+    'a.jsonl:3 (as b.jsonl:1)'
+    """
+    detail = example.get("detail")
+    return f"{example['where']} ({detail})" if detail else example["where"]
