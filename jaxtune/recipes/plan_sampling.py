@@ -8,7 +8,7 @@ from jaxtune.models.decoder import abstract_params
 from jaxtune.planning import sampling
 from jaxtune.planning.sampling import Draw
 from jaxtune.recipes.plan_draft import Draft
-from jaxtune.recipes.schema_formats import samples
+from jaxtune.recipes.schema_rules_online import NAMES
 
 
 def of_iteration(draft: Draft, per_device: dict[str, int]) -> dict[str, Any] | None:
@@ -23,7 +23,7 @@ def of_iteration(draft: Draft, per_device: dict[str, int]) -> dict[str, Any] | N
     """
     config, program, target = draft.config, draft.program, draft.target
     o = config.objective
-    if not samples(o.name):
+    if o.name not in NAMES:
         return None
     model, mesh, chip = program.parts.config, target.mesh, target.chip
     shapes = abstract_params(model.unquantized, program.parts.method)

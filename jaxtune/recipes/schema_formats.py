@@ -38,11 +38,6 @@ def splits_pairs(objective: str, format: str) -> bool:
     return format == "preference" and "unpaired" in FORMATS_OF[objective]
 
 
-def samples(objective: str) -> bool:
-    """Tells whether an objective learns from completions that it samples to prompts."""
-    return FORMATS_OF[objective] == _PROMPTS
-
-
 def check_formats(objective: str, section: str, entries: tuple[dict[str, Any], ...]) -> None:
     """Raises RequestError unless an objective can learn from the entries of `data.<section>`."""
     valid = FORMATS_OF[objective]
@@ -64,7 +59,7 @@ def check_formats(objective: str, section: str, entries: tuple[dict[str, Any], .
 
 def check_overlong(objective: str, overlong: str) -> None:
     """Raises RequestError for prompts that are to be cut, which would ask something else."""
-    if overlong == "truncate" and samples(objective):
+    if overlong == "truncate" and FORMATS_OF[objective] == _PROMPTS:
         raise RequestError(
             f"'truncate' contradicts objective.name = {objective!r}: a prompt is not cut; use "
             "'drop' or 'error'",

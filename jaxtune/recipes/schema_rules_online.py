@@ -8,7 +8,7 @@ from typing import Any
 from jaxtune.core.errors import RequestError
 
 Values = dict[str, Any]
-NAMES = ("grpo", "ppo")
+NAMES = ("grpo", "ppo")  # objectives that sample
 _ALONE = ("batch",)  # advantages that need no second sample of a prompt
 
 
