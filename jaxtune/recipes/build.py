@@ -15,7 +15,6 @@ from rich.console import Console
 from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
-from jaxtune.data.columns import BRANCHED
 from jaxtune.models.attention_backends import Choice, choose, setting_on
 from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
@@ -27,7 +26,7 @@ from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, formats_of
+from jaxtune.recipes.data import Data, branched, positions_left
 from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
@@ -135,7 +134,7 @@ def build(config: Any) -> Plan:
     model = assemble(config, mesh, mesh.devices.flat[0].platform)
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
-    data = objective.open_data(config, model.base, model.parts.method.num_virtual)
+    data = objective.open_data(config, model.base, model.parts.method)
     if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
@@ -170,7 +169,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
         check_width(method, base.config)
     if config.objective.balance and base.config.experts is None:
         raise RequestError("the model has no experts to balance", key="objective.balance")
-    if config.data.seq_len + method.position_offset > base.config.max_context:
+    # Of a row that holds a prompt's completions side by side, each text is checked by itself.
+    if not branched(config) and config.data.seq_len > positions_left(base.config, method):
         raise RequestError(
             f"{config.data.seq_len + method.position_offset} positions are more than the model's "
             f"{base.config.max_context} (model.overrides.max_position_embeddings)",
@@ -199,7 +199,7 @@ def choose_attention(
         RequestError: `model.attention` names one that cannot be had there.
     """
     # Each completion of a prompt is a segment of its row, if they do not share the prompt.
-    several = any(format in BRANCHED for format in formats_of(config))
+    several = branched(config)
     setting = setting_on(
         mesh,
         platform,

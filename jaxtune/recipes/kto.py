@@ -28,6 +28,7 @@ from jaxtune.objectives.sft import router_balance
 from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
+from jaxtune.peft.method import Method
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
@@ -110,9 +111,9 @@ def loss_of(config: Any, parts: Parts, shards: int, balance: float) -> SumLoss:
     return sum_loss
 
 
-def open_data(config: Any, base: Base, num_virtual: int) -> Data:
+def open_data(config: Any, base: Base, method: Method) -> Data:
     """Returns the examples, and beside them prompts with completions of others in their order."""
-    data = tokenised(config, base, num_virtual)
+    data, num_virtual = tokenised(config, base, method), method.num_virtual
     stream, room = data.stream, config.data.seq_len - num_virtual
     stores = [mismatched(store, room, f"data.train[{i}]") for i, store in enumerate(stream.stores)]
     evals = {

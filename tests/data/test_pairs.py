@@ -168,6 +168,15 @@ def test_completions_are_cut_alike(words):
     store, counts = kept(5, overlong="truncate")  # the prompt alone of the first pair
     assert len(store) == 1 and store.records.tolist() == [1] and counts.dropped == 1
     assert store.example(0)[0].tolist() == [7, 8, 4]
+    # The model's positions are for each text by itself: a prompt with one of its completions.
+    store, counts = kept(12, context=7)
+    assert counts.truncated == counts.dropped == 0
+    with pytest.raises(RequestError, match="7 positions with its prompt, more than the model's 6"):
+        kept(12, context=6)
+    store, counts = kept(12, context=6, overlong="truncate")
+    assert store.example(0)[0].tolist() == [2, 3, 4, EOS, 5, 6, 7, 8]
+    store, counts = kept(12, context=6, overlong="drop")
+    assert store.records.tolist() == [1] and counts.dropped == 1
     store, counts = kept(10, overlong="drop")
     assert len(store) == 1 and (counts.dropped, counts.tokens_dropped) == (1, 9)
 
