@@ -33,6 +33,7 @@ from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.retention import Retention, open_retention
+from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.teacher import open_teacher, with_teacher
 from jaxtune.training.compile import (
@@ -271,10 +272,11 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
-    loss = objective.trained(config, parts, batch_shards(mesh))
+    rows = rows_of(data, batch_shards(mesh), parts.method.num_virtual)
+    loss = objective.trained(config, parts, rows)
     evaluation = None
     if objective.held_out is not None:
-        held_out = objective.held_out(config, parts, batch_shards(mesh))
+        held_out = objective.held_out(config, parts, rows)
 
         def evaluate(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]):
             return held_out(trainable, frozen, batch, None)

@@ -28,6 +28,7 @@ from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
+from jaxtune.recipes.rows import alone
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
@@ -205,12 +206,13 @@ def measure(
     shards = batch_shards(lm.mesh)
     size = -(-batch_size // shards) * shards
     width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
+    facts = alone([store], shards, width, lm.method.num_virtual)
     nothing, held = partition(lm.params, lm.params, lambda _: False)
     scorer, paired = not lm.config.lm_head, store.format == PAIRS
     if scorer:
-        loss = measured_loss(lm.config, lm.method)
+        loss = measured_loss(lm.config, lm.method, facts)
     elif paired:
-        loss = pair_loss(lm, shards, run)
+        loss = pair_loss(lm, facts, run)
     else:
         loss = sft_loss(lm.config, lm.method, shards)
     step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))

@@ -16,11 +16,12 @@ from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, batch_keys, open_data, positions_left
+from jaxtune.recipes.rows import Rows
 from jaxtune.training.feed import Source
 from jaxtune.training.step import SumLoss
 
-# (resolved config, the model's partitions, over how many devices rows are spread) → loss
-MakeLoss = Callable[[Any, Parts, int], SumLoss]
+# (resolved config, the model's partitions, what is known of the rows) → loss
+MakeLoss = Callable[[Any, Parts, Rows], SumLoss]
 
 
 def tokenised(config: Any, base: Base, method: Method) -> Data:
