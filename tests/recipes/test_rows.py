@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +20,16 @@ from tests.correctness.pair_runs import SEQ, pair_config
 CASES = [("dpo", False), ("dpo", True), ("kto", False), ("reward", True)]
 
 
-@functools.cache
-def directory(factory):
-    return factory.mktemp("rows")
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("rows")
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
-def case(request, tmp_path_factory):
+def case(request, directory):
     """(plan, its parameters with an adapter that does something, a batch)."""
     name, packing = request.param
-    where = directory(tmp_path_factory)
-    config = pair_config(where, "lora", {"name": name}, data={"packing": packing})
+    config = pair_config(directory, "lora", {"name": name}, data={"packing": packing})
     config["peft"] = config["peft"] | {"dropout": 0.0}
     plan = build(resolve(config))
     params = load_parts(plan.base, plan.parts, plan.mesh, 0, None)
