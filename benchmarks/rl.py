@@ -130,7 +130,8 @@ def page(bodies: Sequence[str], argv: Sequence[str], options: argparse.Namespace
             " iteration includes a pass of the trainer over the samples, which the others leave out"
             " with one step an iteration: it compares the log-probabilities with the sampler's and"
             " stops the run where they differ. *TRL* is timed by its own `training_step`, which"
-            " samples with transformers, and AdamW; *Tunix* by its learner's `train` on one batch."
+            " samples with transformers, and AdamW; *Tunix* by its learner's `train` on one batch,"
+            " each prompt with a BOS in front."
             "\n",
             bodies[0],
             "## Sampling alone\n",

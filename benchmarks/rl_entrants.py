@@ -178,7 +178,7 @@ def by_tunix(model: Path, prompts: Sequence[str], options: argparse.Namespace) -
 
     mesh, base, policy = tunix_policy(model)
     roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT)
-    room = 2 ** (options.prompt - 1).bit_length() + options.tokens  # it pads prompts so
+    width = options.prompt + 1  # its sampler begins with BOS
     with jax.set_mesh(mesh):
         cluster = rl_cluster.RLCluster(
             actor=policy,
@@ -196,8 +196,8 @@ def by_tunix(model: Path, prompts: Sequence[str], options: argparse.Namespace) -
                 ),
                 rollout_config=base_rollout.RolloutConfig(
                     max_tokens_to_generate=options.tokens,
-                    max_prompt_length=options.prompt,
-                    kv_cache_size=room,
+                    max_prompt_length=width,
+                    kv_cache_size=width + options.tokens,
                     temperature=1.0,
                     top_p=1.0,
                     top_k=None,
