@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import gzip
 import json
 import os
 import platform
@@ -23,12 +22,23 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from benchmarks.page import percent, table
-from jaxtune.data.preferences import common_text
+from benchmarks.reward_pairs import (
+    ANSWER,
+    FOLDS,
+    QUESTION,
+    SEED,
+    VALIDATED,
+    Pair,
+    comparable,
+    divided,
+    read,
+    write,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -44,47 +54,8 @@ SHAPE = {
     "num_kv_heads": 2,
     "head_dim": 32,
 }
-VALIDATED, FOLDS, SEED = 4, 5, 0
-# Characters that are kept: of the end of the last question, and of the beginning of each answer.
-QUESTION, ANSWER = 48, 256
 SEQ, ROWS, RATE, EPOCHS, CENTERING = 192, 8, 0.1, 1, 0.01
 QUICK = 48
-
-
-class Pair(NamedTuple):
-    """A record: the last question, and both answers whole."""
-
-    question: str
-    chosen: str
-    rejected: str
-
-
-def read(path: Path) -> list[Pair]:
-    """Returns the pairs in the order of the file, white space as single spaces."""
-    pairs = []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            prompt = common_text([record["chosen"], record["rejected"]])
-            last = prompt.rpartition("\n\nHuman:")[2].rpartition("\n\nAssistant:")[0]
-            sides = (record[side][len(prompt) :] for side in ("chosen", "rejected"))
-            pairs.append(Pair(*(" ".join(text.split()) for text in (last, *sides))))
-    return pairs
-
-
-def write(path: Path, pairs: Sequence[Pair]) -> str:
-    """Writes the pairs that a model sees and returns their source.
-
-    Left out are those of which no difference is left: an empty answer, or two that begin alike.
-    """
-    with path.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            if comparable(pair):
-                chosen, rejected = pair.chosen[:ANSWER], pair.rejected[:ANSWER]
-                prompt = f"{pair.question[-QUESTION:]}\n"
-                record = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return f"jsonl:{path}"
 
 
 def config_of(train: str, held_out: str, rate: float, epochs: int, **more: Any) -> dict[str, Any]:
@@ -112,16 +83,6 @@ def config_of(train: str, held_out: str, rate: float, epochs: int, **more: Any) 
         "mesh": {"data": 1, "fsdp": 1},
         "log": {"tensorboard": False},
     } | more
-
-
-def divided(count: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns the parts of the pairs that settings are chosen on, and of those reported.
-
-    Each half is a random one by the seed, in parts that are held out in turn.
-    """
-    order = np.random.default_rng(SEED).permutation(count)
-    chosen, reported = order[: count // 2], order[count // 2 :]
-    return np.array_split(chosen, VALIDATED), np.array_split(reported, FOLDS)
 
 
 def margins(workdir: Path, pairs: Sequence[Pair], directory: Path) -> np.ndarray:
@@ -190,12 +151,6 @@ def one_fold(
     }
     path.write_text(json.dumps(result))
     return result
-
-
-def comparable(pair: Pair) -> bool:
-    """Tells whether the model sees two answers that differ."""
-    chosen, rejected = pair.chosen[:ANSWER], pair.rejected[:ANSWER]
-    return bool(chosen and rejected and chosen != rejected)
 
 
 def right(values: np.ndarray) -> np.ndarray:

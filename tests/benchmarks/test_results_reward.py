@@ -3,19 +3,20 @@
 import numpy as np
 
 from benchmarks import results_reward as bench
+from benchmarks.reward_pairs import ANSWER, FOLDS, VALIDATED, Pair, comparable, divided
 
-PAIRS = [bench.Pair("Why?", "no " * (i % 3 + 1), "yes " * (i % 2 + 1)) for i in range(40)]
+PAIRS = [Pair("Why?", "no " * (i % 3 + 1), "yes " * (i % 2 + 1)) for i in range(40)]
 
 
 def test_each_reported_pair_is_held_out_once_and_none_chose_the_settings():
-    chosen, reported = bench.divided(40)
-    assert len(chosen) == bench.VALIDATED and len(reported) == bench.FOLDS
+    chosen, reported = divided(40)
+    assert len(chosen) == VALIDATED and len(reported) == FOLDS
     assert sorted(np.concatenate([*chosen, *reported]).tolist()) == list(range(40))
     assert sum(map(len, chosen)) == 20
 
 
 def test_the_page_compares_pair_by_pair():
-    _, reported = bench.divided(len(PAIRS))
+    _, reported = divided(len(PAIRS))
     results = [
         # Right but for the last of each part.
         {
@@ -39,6 +40,6 @@ def test_the_page_compares_pair_by_pair():
 
 def test_pairs_of_which_no_difference_is_seen_count_as_half():
     assert bench.right(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
-    same = "a" * bench.ANSWER
-    assert not bench.comparable(bench.Pair("q", same + "b", same + "c"))
-    assert not bench.comparable(bench.Pair("q", "", "c"))
+    same = "a" * ANSWER
+    assert not comparable(Pair("q", same + "b", same + "c"))
+    assert not comparable(Pair("q", "", "c"))
