@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from jaxtune.core.tree import flatten
+from jaxtune.parallel.batches import global_batch
+from jaxtune.parallel.mesh import batch_shards
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.objectives import OBJECTIVES
@@ -18,7 +20,13 @@ from tests.correctness.pair_runs import SEQ, pair_config
 
 pytestmark = pytest.mark.slow
 # Those whose loss reads the head, or counts completions; the last has no logits.
-CASES = [("dpo", False), ("dpo", True), ("kto", False), ("reward", True)]
+ONE, FOUR = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": 2}
+CASES = [
+    ("dpo", False, ONE),
+    ("dpo", True, FOUR),
+    ("kto", False, FOUR),
+    ("reward", True, ONE),
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +37,8 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request, directory):
     """(plan, its parameters with an adapter that does something, a batch)."""
-    name, packing = request.param
-    config = pair_config(directory, "lora", {"name": name}, data={"packing": packing})
+    name, packing, mesh = request.param
+    config = pair_config(directory, "lora", {"name": name}, data={"packing": packing}, mesh=mesh)
     config["peft"] = config["peft"] | {"dropout": 0.0}
     plan = build(resolve(config))
     params = load_parts(plan.base, plan.parts, plan.mesh, 0, None)
@@ -55,19 +63,21 @@ def test_rows_hold_what_their_facts_say(case):
 
 
 def test_losses_metrics_and_gradients_are_those_of_all_tokens(case):
-    plan, trainable, frozen, batch = case
+    plan, trainable, frozen, host = case
+    batch = global_batch(host, plan.mesh)
     make = OBJECTIVES[plan.config.objective.name].trained
-    found = []
-    for rows in (rows_of(plan.data, 1, 0), Rows(1)):
+    found, shards = [], batch_shards(plan.mesh)
+    for rows in (rows_of(plan.data, shards, 0), Rows(shards)):
         loss = make(plan.config, plan.parts, rows)
 
-        def total(trainable, loss=loss):
+        def total(trainable, frozen, batch, loss=loss):
             value, metrics = loss(trainable, frozen, batch, None)
             value = value["preference"] if isinstance(value, dict) else value
             return value.sum, (value, metrics)
 
         with jax.set_mesh(plan.mesh):
-            found.append(jax.jit(jax.value_and_grad(total, has_aux=True))(trainable))
+            run = jax.jit(jax.value_and_grad(total, has_aux=True))
+            found.append(run(trainable, frozen, batch))
     (one, grads), (two, wanted) = found
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), one, two)
     for path, grad in flatten(grads).items():
