@@ -29,11 +29,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.page import table
+from benchmarks.peers import ALPHA, RANK, RATE, tunix_policy, write_model
 from benchmarks.reference import LINEARS
 from benchmarks.step import Contestant, memory
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK, ALPHA, RATE, BETA = 8, 16, 1e-3, 0.1
+BETA = 0.1
 
 
 @dataclasses.dataclass
@@ -45,33 +46,6 @@ class Entrant(Contestant):
     """
 
     measure: Callable[[], tuple[float, float]] | None = None
-
-
-def write_model(directory: Path, options: argparse.Namespace) -> Path:
-    """Writes a Llama of random weights with a tokenizer of whole words; returns its directory."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    names = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(options.vocab - 3))]
-    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(directory)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.width,
-        intermediate_size=11 * options.width // 4,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 32,
-        num_key_value_heads=options.width // 64,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
 
 
 def write_pairs(path: Path, options: argparse.Namespace) -> list[dict[str, list[int]]]:
@@ -196,32 +170,11 @@ def by_trl(model: Path, pairs: list[dict[str, list[int]]], scratch: Path) -> Ent
 def by_tunix(model: Path, pairs: list[dict[str, list[int]]]) -> Entrant:
     """Returns a step of Tunix's DPOTrainer with a Qwix LoRA, weights loaded by its own reader."""
     import jax
-    import jax.numpy as jnp
     import optax
-    import qwix
-    from tunix.models.llama3 import model as llama
-    from tunix.models.llama3 import params as reader
     from tunix.sft.dpo import dpo_trainer
 
-    config = json.loads((model / "config.json").read_text())
-    shape = llama.ModelConfig(
-        num_layers=config["num_hidden_layers"],
-        vocab_size=config["vocab_size"],
-        embed_dim=config["hidden_size"],
-        hidden_dim=config["intermediate_size"],
-        num_heads=config["num_attention_heads"],
-        head_dim=config["head_dim"],
-        num_kv_heads=config["num_key_value_heads"],
-        rope_theta=config["rope_parameters"]["rope_theta"],
-        norm_eps=config["rms_norm_eps"],
-        weight_tying=True,
-    )
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh, base, policy = tunix_policy(model)
     with jax.set_mesh(mesh):
-        base = reader.create_model_from_safe_tensors(str(model), shape, mesh, jnp.float32)
-        names = ".*q_proj|.*k_proj|.*v_proj|.*o_proj|.*gate_proj|.*up_proj|.*down_proj"
-        provider = qwix.LoraProvider(module_path=names, rank=RANK, alpha=ALPHA)
-        policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
         trainer = dpo_trainer.DPOTrainer(
             model=policy,
             ref_model=base,

@@ -198,10 +198,33 @@ def most_completions(
     completions a token of room that an example has, rounded down: no row can hold more, whichever
     examples meet in it.
     """
-    most = max((int(store.completions.max(initial=0)) for store in stores), default=0)
+    return _most([store.completions for store in stores], stores, seq_len, packing, num_virtual)
+
+
+def most_targets(
+    stores: Sequence[TokenStore], seq_len: int, packing: bool, num_virtual: int = 0
+) -> int:
+    """Returns a number that the targets of a row never exceed, at least 1 and at most `seq_len`.
+
+    As `most_completions`.
+    """
+    most = _most([store.targets for store in stores], stores, seq_len, packing, num_virtual)
+    return min(most, seq_len)
+
+
+def _most(
+    numbers: Sequence[np.ndarray],
+    stores: Sequence[TokenStore],
+    seq_len: int,
+    packing: bool,
+    num_virtual: int,
+) -> int:
+    """Returns the bound on a row of what examples have so many of: int [examples] of each store."""
+    most = max((int(some.max(initial=0)) for some in numbers), default=0)
     if packing:
         ratios = [
-            (store.completions / store.room(num_virtual)).max(initial=0.0) for store in stores
+            (some / store.room(num_virtual)).max(initial=0.0)
+            for some, store in zip(numbers, stores, strict=True)
         ]
         most = max(most, int(seq_len * max(ratios, default=0.0) + 1e-6))
     return max(most, 1)

@@ -20,21 +20,41 @@ def room_of(item: Rendered, shared: bool, num_virtual: int) -> int:
     return int(room(size, np.array([prompt]), np.array([sides]), shared, num_virtual)[0])
 
 
-def truncated(item: Rendered, seq_len: int, shared: bool, num_virtual: int) -> Rendered | None:
+def positions_of(item: Rendered, num_virtual: int) -> int:
+    """Returns how many positions the longest text of an example has, virtual tokens included.
+
+    That is the prompt with the longest of its completions, however many stand in the row.
+    """
+    branches = item.columns.get("branches")
+    if branches is None:
+        return len(item.ids) + num_virtual
+    sizes = np.bincount(branches)
+    return int(sizes[0] + sizes[1:].max()) + num_virtual
+
+
+def truncated(
+    item: Rendered, seq_len: int, context: int, shared: bool, num_virtual: int
+) -> Rendered | None:
     """Returns an example without what is too much at its end, or None if no target is left.
 
     Completions of one prompt lose their ends alike: each keeps at most the same number of tokens,
     the largest with which they fit. Where one is left without a target, or two are left equal,
     nothing is left to compare.
+
+    Args:
+        item: the example.
+        seq_len: tokens of its row.
+        context: positions that each text may have; see `positions_of`.
+        shared, num_virtual: as for `room_of`.
     """
     branches = item.columns.get("branches")
     if branches is None:
-        item = cut(item, 0, seq_len - num_virtual)
+        item = cut(item, 0, min(seq_len, context) - num_virtual)
         return item if item.mask.any() else None
     sizes = np.bincount(branches)
     prompt, sides = int(sizes[0]), sizes[1:]
     fixed = room_of(item, shared, num_virtual) - int(sides.sum())
-    kept = _level(sides, seq_len - fixed)
+    kept = min(_level(sides, seq_len - fixed), context - num_virtual - prompt)
     if kept < 1:
         return None
     starts = np.cumsum(sizes)[:-1]

@@ -80,6 +80,11 @@ class SharedStore:
         """Names of the batch keys that its examples have beside those of every batch."""
         return keys_of(self.format, self.shared, tuple(self.added))
 
+    @property
+    def targets(self) -> np.ndarray:
+        """A number that each example's targets do not exceed, the same in all processes."""
+        return self.lengths
+
     def room(self, num_virtual: int) -> np.ndarray:
         """Returns how many tokens of a row each example takes, int64 [examples]."""
         return room(self.lengths, self.prompts, self.sides, self.shared, num_virtual)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.data.chat import Draft, Rendered, encode_drafts
 from jaxtune.data.columns import BRANCHED, DTYPES, KEYS
-from jaxtune.data.fit import room_of, truncated, windows
+from jaxtune.data.fit import positions_of, room_of, truncated, windows
 from jaxtune.data.formats import Example, Tokens, check_format, parse
 from jaxtune.data.preferences import split_pair
 from jaxtune.data.sides import drafts_of, joined
@@ -40,6 +40,7 @@ def tokenize(
     records: range | None = None,
     shared: bool = False,
     split_pairs: bool = False,
+    context: int | None = None,
 ) -> TokenStore:
     """Renders every record of a source.
 
@@ -63,6 +64,9 @@ def tokenize(
         records: renders these alone; then a store without examples is none too few.
         shared: lets the completions of a prompt share it in a row, as packing does.
         split_pairs: makes two unpaired examples of each pair of format "preference".
+        context: positions that the model has for a text, virtual tokens included: what a prompt
+            and any one of its completions may have, where a row holds several. By default
+            `seq_len`.
 
     Raises:
         RequestError: a record is malformed, too long, empty, or has no target, with its line.
@@ -75,10 +79,11 @@ def tokenize(
             f"unknown overlong {overlong!r}{nearest(overlong, OVERLONG)}: {', '.join(OVERLONG)}",
             key="data.overlong",
         )
-    capacity = seq_len - num_virtual
+    context = seq_len if context is None else min(context, seq_len)
+    capacity = context - num_virtual
     if capacity < 2:
         raise RequestError(
-            f"seq_len {seq_len} leaves {capacity} tokens beside {num_virtual} virtual ones; an "
+            f"seq_len {context} leaves {capacity} tokens beside {num_virtual} virtual ones; an "
             "example needs at least 2",
             key="data.seq_len",
         )
@@ -102,10 +107,10 @@ def tokenize(
                 "no token of this example is trained", key=key, where=source.where(record)
             )
         pieces = [item]
-        size = room_of(item, shared, num_virtual)
-        if size > seq_len:
+        size, reach = room_of(item, shared, num_virtual), positions_of(item, num_virtual)
+        if size > seq_len or reach > context:
             if overlong == "truncate":
-                left = truncated(item, seq_len, shared, num_virtual)
+                left = truncated(item, seq_len, context, shared, num_virtual)
                 pieces = [] if left is None else [left]
                 if left is not None:
                     tally["truncated"] += 1
@@ -116,13 +121,15 @@ def tokenize(
                 pieces = list(windows(item, capacity))
                 tally["tokens_repeated"] += len(pieces) - 1
             else:
-                raise RequestError(
-                    f"the example has {size - num_virtual} tokens, more than "
-                    f"{_limit(seq_len, num_virtual)}: raise data.seq_len, or set data.overlong to "
-                    "'truncate' or 'drop'",
-                    key=key,
-                    where=source.where(record),
-                )
+                remedy = "set data.overlong to 'truncate' or 'drop'"
+                if size > seq_len:
+                    fault = f"the example has {size - num_virtual} tokens, more than "
+                    fault += _limit(seq_len, num_virtual)
+                    remedy = f"raise data.seq_len, or {remedy}"
+                else:
+                    fault = f"a side of the example has {reach} positions with its prompt, more "
+                    fault += f"than the model's {context}"
+                raise RequestError(f"{fault}: {remedy}", key=key, where=source.where(record))
         if not pieces:
             tally["dropped"] += 1
             tally["tokens_dropped"] += length

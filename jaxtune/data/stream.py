@@ -21,6 +21,7 @@ from jaxtune.data.batches import (
     choose,
     empty_batch,
     most_completions,
+    most_targets,
     put_stored,
 )
 from jaxtune.data.order import Order
@@ -118,6 +119,11 @@ class Stream:
     def most_completions(self) -> int:
         """A number that the completions of a row never exceed; see `batches.most_completions`."""
         return most_completions(self.stores, self.seq_len, self.packing, self.num_virtual)
+
+    @property
+    def most_targets(self) -> int:
+        """A number that the targets of a row never exceed; see `batches.most_targets`."""
+        return most_targets(self.stores, self.seq_len, self.packing, self.num_virtual)
 
     def empty_batch(self, batch_size: int) -> Batch:
         """Returns rows of padding, arrays [B, T] of the keys that its batches have."""

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class TokenStore:
             prompts = np.add.reduceat(branches == 0, self.offsets[:-1], dtype=np.int64)
             completions = sides = branches[self.offsets[1:] - 1].astype(np.int64)
         elif self.format == "stepwise" and count:
-            completions = np.add.reduceat(self.mask > 0, self.offsets[:-1], dtype=np.int64)
+            completions = self.targets
         for name, array in (
             ("lengths", np.diff(self.offsets)),
             ("prompts", prompts),
@@ -113,6 +114,13 @@ class TokenStore:
         """Returns ids int32 [T] and mask float32 [T] of an example, as views."""
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:end], self.mask[start:end]
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """How many targets each example has, int64 [examples]."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        return np.add.reduceat(self.mask > 0, self.offsets[:-1], dtype=np.int64)
 
     @property
     def keys(self) -> tuple[str, ...]:

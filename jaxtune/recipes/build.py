@@ -15,7 +15,6 @@ from rich.console import Console
 from jaxtune.checkpoints import adapters
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
-from jaxtune.data.columns import BRANCHED
 from jaxtune.models.attention_backends import Choice, choose, setting_on
 from jaxtune.optim.anchor import Pull
 from jaxtune.optim.schedules import Schedule, make_schedule
@@ -27,13 +26,14 @@ from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, formats_of
+from jaxtune.recipes.data import Data, branched, positions_left
 from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.retention import Retention, open_retention
+from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.teacher import open_teacher, with_teacher
 from jaxtune.training.compile import (
@@ -135,7 +135,7 @@ def build(config: Any) -> Plan:
     model = assemble(config, mesh, mesh.devices.flat[0].platform)
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
-    data = objective.open_data(config, model.base, model.parts.method.num_virtual)
+    data = objective.open_data(config, model.base, model.parts.method)
     if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
@@ -170,7 +170,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
         check_width(method, base.config)
     if config.objective.balance and base.config.experts is None:
         raise RequestError("the model has no experts to balance", key="objective.balance")
-    if config.data.seq_len + method.position_offset > base.config.max_context:
+    # Of a row that holds a prompt's completions side by side, each text is checked by itself.
+    if not branched(config) and config.data.seq_len > positions_left(base.config, method):
         raise RequestError(
             f"{config.data.seq_len + method.position_offset} positions are more than the model's "
             f"{base.config.max_context} (model.overrides.max_position_embeddings)",
@@ -199,7 +200,7 @@ def choose_attention(
         RequestError: `model.attention` names one that cannot be had there.
     """
     # Each completion of a prompt is a segment of its row, if they do not share the prompt.
-    several = any(format in BRANCHED for format in formats_of(config))
+    several = branched(config)
     setting = setting_on(
         mesh,
         platform,
@@ -271,10 +272,11 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
-    loss = objective.trained(config, parts, batch_shards(mesh))
+    rows = rows_of(data, batch_shards(mesh), parts.method.num_virtual)
+    loss = objective.trained(config, parts, rows)
     evaluation = None
     if objective.held_out is not None:
-        held_out = objective.held_out(config, parts, batch_shards(mesh))
+        held_out = objective.held_out(config, parts, rows)
 
         def evaluate(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]):
             return held_out(trainable, frozen, batch, None)

@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from jaxtune.core.errors import RequestError
+from jaxtune.data.columns import BRANCHED
 from jaxtune.data.review import review
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget, Stream
 from jaxtune.data.token_store import TokenStore, keys_of
 from jaxtune.data.tokenizer import Tokenizer
+from jaxtune.models.config import ModelConfig
+from jaxtune.peft.method import Method
 from jaxtune.recipes.schema_formats import splits_pairs
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples", "total_tokens")
@@ -62,11 +65,12 @@ def open_store(
     num_virtual: int,
     key: str,
     objective: str = "sft",
+    context: int | None = None,
 ) -> TokenStore | SharedStore:
     """Returns the tokenised source of one entry of `data.train` or `data.eval`.
 
     With `data.packing` the completions of a prompt share it; the pairs of an objective that learns
-    from unpaired examples are split.
+    from unpaired examples are split. `context` is as for `data.store.tokenize`.
 
     Raises:
         RequestError: with the key, and FILE:LINE of the record at fault.
@@ -89,6 +93,7 @@ def open_store(
         key=key,
         shared=data.packing,
         split_pairs=splits_pairs(objective, entry.format),
+        context=context,
     )
 
 
@@ -107,20 +112,38 @@ def batch_keys(config: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(key for format in formats for key in keys_of(format, packing)))
 
 
-def open_data(config: Any, tokenizer: Tokenizer | None, vocab_size: int, num_virtual: int) -> Data:
-    """Returns the Data of a resolved config.
+def branched(config: Any) -> bool:
+    """Tells whether rows of a config's data hold completions of a prompt side by side."""
+    return any(format in BRANCHED for format in formats_of(config))
+
+
+def positions_left(config: ModelConfig, method: Method) -> int:
+    """Returns how many positions a text may have, a method's virtual tokens included."""
+    return config.max_context - method.position_offset
+
+
+def open_data(
+    config: Any,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    num_virtual: int,
+    context: int | None = None,
+) -> Data:
+    """Returns the Data of a resolved config; `context` is as for `data.store.tokenize`.
 
     Raises:
         RequestError: see `open_store`; also a source in which nothing is left to train on.
     """
     data, name = config.data, config.objective.name
     stores = [
-        open_store(entry, data, tokenizer, vocab_size, num_virtual, f"data.train[{i}]", name)
+        open_store(
+            entry, data, tokenizer, vocab_size, num_virtual, f"data.train[{i}]", name, context
+        )
         for i, entry in enumerate(data.train)
     ]
     evals = {
         entry.name: open_store(
-            entry, data, tokenizer, vocab_size, num_virtual, f"data.eval[{i}]", name
+            entry, data, tokenizer, vocab_size, num_virtual, f"data.eval[{i}]", name, context
         )
         for i, entry in enumerate(data.eval)
     }

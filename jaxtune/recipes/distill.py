@@ -106,8 +106,10 @@ def loss_of(config: Any, parts: Parts, shards: int, balance: float) -> SumLoss:
 
 
 OBJECTIVE = Objective(
-    trained=lambda config, parts, shards: loss_of(config, parts, shards, config.objective.balance),
-    held_out=lambda config, parts, shards: loss_of(config, parts, shards, 0.0),
+    trained=lambda config, parts, rows: loss_of(
+        config, parts, rows.shards, config.objective.balance
+    ),
+    held_out=lambda config, parts, rows: loss_of(config, parts, rows.shards, 0.0),
     likelihood=False,
     open_data=teacher_data.open_data,
     open_feed=teacher_data.open_feed,

@@ -13,6 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import partition
 from jaxtune.data.batches import eval_batches
+from jaxtune.data.columns import BRANCHED
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.token_store import TokenStore
@@ -22,10 +23,12 @@ from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
 from jaxtune.recipes.against import compare
 from jaxtune.recipes.base import is_run
+from jaxtune.recipes.data import positions_left
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
+from jaxtune.recipes.rows import alone
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
@@ -33,6 +36,7 @@ from jaxtune.training.workdir import read_json
 
 BASE = "base"  # what a run was tuned from
 PAIRS = "preference"  # the format of data with two completions of each prompt
+ANY_LENGTH = 2**31 - 1  # of rows that hold several texts
 
 
 def evaluate(
@@ -168,9 +172,8 @@ def open_one(
             f"{format!r} cannot be measured: {reads} {', '.join(known)}",
             key="--format" if key == "--data" else f"{key}.format",
         )
-    longest = lm.config.max_context - lm.method.position_offset
-    if format == PAIRS:
-        longest *= 2  # a row holds the prompt with each side
+    context = positions_left(lm.config, lm.method)
+    longest = ANY_LENGTH if format in BRANCHED else context
     count = jax.process_count()
     return tokenize_shared(
         open_source(source, key=key, lazily=count > 1),
@@ -183,6 +186,7 @@ def open_one(
         num_virtual=lm.method.num_virtual,
         vocab_size=lm.config.vocab_size,
         key=key,
+        context=context,
     )
 
 
@@ -202,12 +206,13 @@ def measure(
     shards = batch_shards(lm.mesh)
     size = -(-batch_size // shards) * shards
     width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
+    facts = alone([store], shards, width, lm.method.num_virtual)
     nothing, held = partition(lm.params, lm.params, lambda _: False)
     scorer, paired = not lm.config.lm_head, store.format == PAIRS
     if scorer:
-        loss = measured_loss(lm.config, lm.method)
+        loss = measured_loss(lm.config, lm.method, facts)
     elif paired:
-        loss = pair_loss(lm, shards, run)
+        loss = pair_loss(lm, facts, run)
     else:
         loss = sft_loss(lm.config, lm.method, shards)
     step = jax.jit(lambda trainable, frozen, batch: loss(trainable, frozen, batch, None))

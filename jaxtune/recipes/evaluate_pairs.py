@@ -13,10 +13,11 @@ from jaxtune.recipes.preference import (
     preference_loss,
 )
 from jaxtune.recipes.reference import adapters_off
+from jaxtune.recipes.rows import Rows
 from jaxtune.training.step import SumLoss
 
 
-def pair_loss(lm: LanguageModel, shards: int, run: Any) -> SumLoss:
+def pair_loss(lm: LanguageModel, rows: Rows, run: Any) -> SumLoss:
     """Returns the loss of pairs under a model.
 
     Of a DPO run whose reference is its base it is the run's own, with implicit rewards; of another
@@ -24,14 +25,14 @@ def pair_loss(lm: LanguageModel, shards: int, run: Any) -> SumLoss:
 
     Args:
         lm: the model.
-        shards: over how many devices the rows of a batch are spread.
+        rows: what is known of the rows of a batch.
         run: resolved config of the run that the model comes from, or None.
     """
     name = None if run is None else run.objective.name
     if name == "dpo" and adapters_off(
         plan_parts(lm.config, lm.method, lm.mesh), run.peft.get("init_from")
     ):
-        reference = base_reference(lm.config, shards)
+        reference = base_reference(lm.config, rows)
         term = dpo_term(run.objective)
-        return preference_loss(lm.config, lm.method, shards, term, reference=reference)
-    return preference_loss(lm.config, lm.method, shards, likelihood_term)
+        return preference_loss(lm.config, lm.method, rows, term, reference=reference)
+    return preference_loss(lm.config, lm.method, rows, likelihood_term)

@@ -25,6 +25,7 @@ from jaxtune.recipes.online_told import KL_COEF
 from jaxtune.recipes.policy import View, base_reference, view
 from jaxtune.recipes.prompt_data import open_prompts
 from jaxtune.recipes.reference import adapters_off
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import chunk_bytes
 from jaxtune.training.step import Loss, SumLoss
 
@@ -86,7 +87,7 @@ def policy_terms(
     return terms, metrics
 
 
-def grpo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def grpo_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the loss of a batch of rollouts; see `training.step.SumLoss`.
 
     Raises:
@@ -98,7 +99,7 @@ def grpo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
     ) -> tuple[Loss, dict[str, Weighted]]:
-        seen = look(config, parts, shards, trainable, frozen, batch)
+        seen = look(config, parts, rows.shards, trainable, frozen, batch)
         terms, metrics = policy_terms(o, seen, o.ratio, o.normaliser)
         return plain(terms), metrics
 

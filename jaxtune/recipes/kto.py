@@ -28,12 +28,14 @@ from jaxtune.objectives.sft import router_balance
 from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
+from jaxtune.peft.method import Method
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.objective import Objective, token_rows, tokenised
 from jaxtune.recipes.preference import Reference, reference_of
+from jaxtune.recipes.rows import Rows, rows_of
 from jaxtune.recipes.scores import chunk_bytes, predictions
 from jaxtune.training.feed import Source
 from jaxtune.training.state import TrainState
@@ -42,13 +44,8 @@ from jaxtune.training.step import Loss, Metrics, SumLoss
 POINT = "reference_point"
 
 
-def most_completions(tokens: int) -> int:
-    """Returns how many completions a row may hold: each has a token before its first."""
-    return max(1, tokens // 2)
-
-
 def log_ratios(
-    parts: Parts, reference: Reference, shards: int
+    parts: Parts, reference: Reference, rows: Rows
 ) -> Callable[[Tree, Tree, Batch, jax.Array | None], Any]:
     """Returns a function that gives log π − log π_ref of a batch's completions.
 
@@ -59,23 +56,29 @@ def log_ratios(
 
     def run(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None):
         params = combine(trainable, decoder.with_gathered_head(config, frozen))
-        size = chunk_bytes(config, trainable, shards)
         found = predictions(
-            config, parts.method, params, batch, key, shards=shards, logits_bytes=size
+            config,
+            parts.method,
+            params,
+            batch,
+            key,
+            shards=rows.shards,
+            logits_bytes=chunk_bytes(config, trainable, rows.shards),
+            most=rows.targets,
         )
         fixed = jax.lax.stop_gradient(reference(params, batch, found))
         moved = found.scores.logprobs - fixed
         completions = found.batch["completions"]
-        count = most_completions(completions.shape[1])
+        count = rows.most_completions(2, completions.shape[1])  # with a token before the first
         return of.totals(moved, completions, count), found.batch, moved, found.balance
 
     return run
 
 
-def loss_of(config: Any, parts: Parts, shards: int, balance: float) -> SumLoss:
+def loss_of(config: Any, parts: Parts, rows: Rows, balance: float) -> SumLoss:
     """Returns the summed KTO loss of a batch; see `training.step.SumLoss`."""
     objective = config.objective
-    ratios_of = log_ratios(parts, reference_of(config, parts, shards), shards)
+    ratios_of = log_ratios(parts, reference_of(config, parts, rows), rows)
 
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None
@@ -110,9 +113,9 @@ def loss_of(config: Any, parts: Parts, shards: int, balance: float) -> SumLoss:
     return sum_loss
 
 
-def open_data(config: Any, base: Base, num_virtual: int) -> Data:
+def open_data(config: Any, base: Base, method: Method) -> Data:
     """Returns the examples, and beside them prompts with completions of others in their order."""
-    data = tokenised(config, base, num_virtual)
+    data, num_virtual = tokenised(config, base, method), method.num_virtual
     stream, room = data.stream, config.data.seq_len - num_virtual
     stores = [mismatched(store, room, f"data.train[{i}]") for i, store in enumerate(stream.stores)]
     evals = {
@@ -134,8 +137,8 @@ def open_data(config: Any, base: Base, num_virtual: int) -> Data:
 
 def estimator(plan: Any) -> Callable[[Tree, Tree, dict[str, jax.Array]], Weighted]:
     """Returns the jitted (trainable, frozen, mismatched batch) → Σ log π − log π_ref, and count."""
-    shards = batch_shards(plan.mesh)
-    ratios_of = log_ratios(plan.parts, reference_of(plan.config, plan.parts, shards), shards)
+    facts = rows_of(plan.data, batch_shards(plan.mesh), plan.parts.method.num_virtual)
+    ratios_of = log_ratios(plan.parts, reference_of(plan.config, plan.parts, facts), facts)
 
     def run(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> Weighted:
         ratios, batch, *_ = ratios_of(trainable, frozen, batch, None)
@@ -200,8 +203,8 @@ def padding(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
 
 
 OBJECTIVE = Objective(
-    trained=lambda config, parts, shards: loss_of(config, parts, shards, config.objective.balance),
-    held_out=lambda config, parts, shards: loss_of(config, parts, shards, 0.0),
+    trained=lambda config, parts, rows: loss_of(config, parts, rows, config.objective.balance),
+    held_out=lambda config, parts, rows: loss_of(config, parts, rows, 0.0),
     likelihood=False,
     open_data=open_data,
     open_feed=open_feed,

@@ -17,6 +17,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.quantize import KINDS, dense_tree
 from jaxtune.core.tree import Tree, flatten, unflatten
 from jaxtune.data.chat import render_prompt
+from jaxtune.data.scored import scored_ids
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.generate import engine, scoring, stops
 from jaxtune.models.config import ModelConfig
@@ -84,9 +85,10 @@ class LanguageModel:
         """Returns float32 [n], a reward model's score at the last token of each text.
 
         Args:
-            texts: list of str, encoded as the tokenizer encodes a text (with its BOS; what training
-                ended completions with, such as EOS, is to stand in the text); or a list of lists of
-                ids; or int [n, T] with `mask`.
+            texts: a list of str, each a prompt with its completion, or of conversations (lists of
+                messages that end with the assistant's), which become the ids that training makes
+                of them, end included (`data.scored`); or a list of lists of ids, which are taken
+                as they are; or int [n, T] with `mask`.
             mask: [n, T], 1 at real tokens, which may stand left or right; None: all are real.
             batch_size: texts to a compiled batch; does not change the scores.
 
@@ -96,14 +98,18 @@ class LanguageModel:
         """
         if not self.config.score_head:
             raise RequestError("the model is no reward model: it has no scores", where=self.source)
-        if isinstance(texts, str) or (len(texts) and isinstance(texts[0], int | np.integer)):
-            raise RequestError("expected a list of texts, or of lists of ids", key="texts")
+        if isinstance(texts, str) or (
+            len(texts) and isinstance(texts[0], int | np.integer | Mapping)
+        ):
+            raise RequestError(
+                "expected a list of texts, of conversations, or of lists of ids", key="texts"
+            )
         if not len(texts):
             return np.zeros(0, np.float32)
-        if len(texts) and isinstance(texts[0], str):
+        if isinstance(texts[0], str) or (len(texts[0]) and isinstance(texts[0][0], Mapping)):
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer; give token ids", where=self.source)
-            texts = [self.tokenizer.encode(text) for text in texts]
+            texts = scored_ids(texts, self.tokenizer)
         if mask is None and isinstance(texts, list | tuple):
             texts, mask = scoring.padded(texts)
         ids, real = scoring.checked(self.config, self.method, texts, mask)

@@ -11,20 +11,23 @@ from rich.console import Console
 from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, empty_batch
 from jaxtune.data.inspect import inspect
+from jaxtune.peft.method import Method
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
-from jaxtune.recipes.data import Data, batch_keys, open_data
+from jaxtune.recipes.data import Data, batch_keys, open_data, positions_left
+from jaxtune.recipes.rows import Rows
 from jaxtune.training.feed import Source
 from jaxtune.training.step import SumLoss
 
-# (resolved config, the model's partitions, over how many devices rows are spread) → loss
-MakeLoss = Callable[[Any, Parts, int], SumLoss]
+# (resolved config, the model's partitions, what is known of the rows) → loss
+MakeLoss = Callable[[Any, Parts, Rows], SumLoss]
 
 
-def tokenised(config: Any, base: Base, num_virtual: int) -> Data:
+def tokenised(config: Any, base: Base, method: Method) -> Data:
     """Returns the examples of `data.train` and `data.eval`, tokenised."""
-    return open_data(config, base.tokenizer, base.config.vocab_size, num_virtual)
+    size, context = base.config.vocab_size, positions_left(base.config, method)
+    return open_data(config, base.tokenizer, size, method.num_virtual, context)
 
 
 def token_rows(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
@@ -47,7 +50,7 @@ class Objective:
         trained: what training minimises.
         held_out: what evaluation measures on a batch; None where it measures no loss.
         likelihood: whether the held-out loss is nats a token, so that it has a perplexity.
-        open_data: (resolved config, base, virtual tokens) → the data of a run.
+        open_data: (resolved config, base, method) → the data of a run.
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
             rows of `samples.jsonl`.
         evaluate: (plan, trainable, frozen) → the `eval/…` metrics.
@@ -65,7 +68,7 @@ class Objective:
     trained: MakeLoss
     held_out: MakeLoss | None
     likelihood: bool
-    open_data: Callable[[Any, Base, int], Data] = tokenised
+    open_data: Callable[[Any, Base, Method], Data] = tokenised
     open_feed: Callable[[Any, Any, Callable[[dict[str, Any]], None]], Source] = (
         stream_feed.open_feed
     )

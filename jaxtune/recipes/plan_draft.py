@@ -59,7 +59,7 @@ def draft(
         raise RequestError("--topology says which devices: give one of the two", key="--devices")
     target = find_target(config, topology_, devices, price)
     model = build.assemble(config, target.mesh, target.platform)
-    length = length_of(config, model.base, model.parts.method.num_virtual)
+    length = length_of(config, model.base, model.parts.method)
     program = build.connect(config, target.mesh, model, length.data)
     return Draft(config, target, length, program)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.data.stream import Budget
+from jaxtune.peft.method import Method
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.objectives import OBJECTIVES
@@ -54,7 +55,7 @@ def for_planning(config: Mapping[str, Any]) -> dict[str, Any]:
     return raw | {"data": data}
 
 
-def length_of(config: Any, base: Base, num_virtual: int) -> Length:
+def length_of(config: Any, base: Base, method: Method) -> Length:
     """Returns the Length of a resolved config.
 
     Raises:
@@ -63,7 +64,7 @@ def length_of(config: Any, base: Base, num_virtual: int) -> Length:
     entries = [*config.data.train, *config.data.eval]
     missing = [entry.source for entry in entries if not is_here(entry.source)]
     if not missing:
-        data = OBJECTIVES[config.objective.name].open_data(config, base, num_virtual)
+        data = OBJECTIVES[config.objective.name].open_data(config, base, method)
         stats, steps = data.stream.stats(), data.budget.steps
         if "rows_per_epoch" not in stats:  # the tokens are yet to be sampled
             return Length(data, steps, None, "total_steps")

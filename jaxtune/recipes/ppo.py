@@ -20,10 +20,11 @@ from jaxtune.recipes.grpo import check_exact, look, policy_terms
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.online import Credit
 from jaxtune.recipes.prompt_data import open_prompts
+from jaxtune.recipes.rows import Rows
 from jaxtune.training.step import Loss, SumLoss
 
 
-def ppo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def ppo_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the loss of a batch of rollouts; see `training.step.SumLoss`.
 
     Raises:
@@ -35,7 +36,7 @@ def ppo_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
     def sum_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
     ) -> tuple[Loss, dict[str, Weighted]]:
-        seen = look(config, parts, shards, trainable, frozen, batch)
+        seen = look(config, parts, rows.shards, trainable, frozen, batch)
         terms, metrics = policy_terms(o, seen, "token", "token")
         batch = seen.batch
         error, told = value.value_loss(

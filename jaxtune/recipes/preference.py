@@ -25,6 +25,7 @@ from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.reference import COLUMN, adapters_off, base_logprobs
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import Predictions, chunk_bytes, predictions
 from jaxtune.training.step import Loss, Metrics, SumLoss
 
@@ -61,15 +62,15 @@ Term = Callable[[Sides], tuple[Weighted, Metrics]]
 Reference = Callable[[Tree, dict[str, jax.Array], Predictions], jax.Array]
 
 
-def most_completions(tokens: int) -> int:
+def most_completions(rows: Rows, tokens: int) -> int:
     """Returns how many completions a row may hold, even: a pair has at least three tokens."""
-    return 2 * max(1, tokens // 3)
+    return rows.completions + rows.completions % 2 if rows.completions else 2 * max(1, tokens // 3)
 
 
 def preference_loss(
     config: ModelConfig,
     method: Method,
-    shards: int,
+    rows: Rows,
     term: Term,
     *,
     reference: Reference | None = None,
@@ -84,7 +85,7 @@ def preference_loss(
 
     Args:
         config, method: the model.
-        shards: over how many devices the rows of a batch are spread.
+        rows: what is known of the rows of a batch.
         term: the loss of pairs.
         reference: gives the reference's log-probabilities; None: there is none.
         nll_weight: coefficient of the mean NLL a token of the chosen completions.
@@ -96,10 +97,18 @@ def preference_loss(
         trainable: Tree, frozen: Tree, batch: dict[str, jax.Array], key: jax.Array | None
     ) -> tuple[Loss, Metrics]:
         params = combine(trainable, decoder.with_gathered_head(config, frozen))
-        size = chunk_bytes(config, trainable, shards)
-        found = predictions(config, method, params, batch, key, shards=shards, logits_bytes=size)
+        found = predictions(
+            config,
+            method,
+            params,
+            batch,
+            key,
+            shards=rows.shards,
+            logits_bytes=chunk_bytes(config, trainable, rows.shards),
+            most=rows.targets,
+        )
         completions, logprobs = found.batch["completions"], found.scores.logprobs
-        count = most_completions(completions.shape[1])
+        count = most_completions(rows, completions.shape[1])
 
         def sides(values: jax.Array) -> Pair:
             return of.pairs(of.totals(values, completions, count))
@@ -129,15 +138,15 @@ def preference_loss(
     return sum_loss
 
 
-def base_reference(config: ModelConfig, shards: int) -> Reference:
+def base_reference(config: ModelConfig, rows: Rows) -> Reference:
     """Returns the reference of a run that starts as its base."""
-    return lambda params, batch, _: base_logprobs(config, params, batch, shards)
+    return lambda params, batch, _: base_logprobs(config, params, batch, rows.shards, rows.targets)
 
 
-def reference_of(config: Any, parts: Parts, shards: int) -> Reference:
+def reference_of(config: Any, parts: Parts, rows: Rows) -> Reference:
     """Returns what gives the reference's log-probabilities in a run of a resolved config."""
     if adapters_off(parts, config.peft.get("init_from")):
-        return base_reference(parts.config, shards)
+        return base_reference(parts.config, rows)
     return lambda params, batch, found: found.batch[COLUMN]
 
 
@@ -226,26 +235,26 @@ def of_pairs(
         at_start: of a loss with a reference: the section → the loss where both are one.
     """
 
-    def make(config: Any, parts: Parts, shards: int, balance: float, keep: Keep | None) -> SumLoss:
+    def make(config: Any, parts: Parts, rows: Rows, balance: float, keep: Keep | None) -> SumLoss:
         objective = config.objective
         return preference_loss(
             parts.config,
             parts.method,
-            shards,
+            rows,
             make_term(objective),
-            reference=reference_of(config, parts, shards) if at_start is not None else None,
+            reference=reference_of(config, parts, rows) if at_start is not None else None,
             nll_weight=objective.nll_weight,
             balance=balance,
             keep=keep,
         )
 
-    def trained(config: Any, parts: Parts, shards: int) -> SumLoss:
-        keep = keep_of(config, parts, shards)
-        return make(config, parts, shards, config.objective.balance, keep)
+    def trained(config: Any, parts: Parts, rows: Rows) -> SumLoss:
+        keep = keep_of(config, parts, rows.shards)
+        return make(config, parts, rows, config.objective.balance, keep)
 
     return Objective(
         trained=trained,
-        held_out=lambda config, parts, shards: make(config, parts, shards, 0.0, None),
+        held_out=lambda config, parts, rows: make(config, parts, rows, 0.0, None),
         likelihood=False,
         at_start=at_start,
     )

@@ -12,6 +12,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.prompts import Prompts, PromptStore, read_prompts
 from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget
+from jaxtune.peft.method import Method
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.language_model import load
@@ -45,7 +46,7 @@ class PromptData(Data):
     kept: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
+def open_prompts(config: Any, base: Base, method: Method) -> PromptData:
     """Returns the data of a resolved config; see `objective.Objective`.
 
     Raises:
@@ -61,7 +62,7 @@ def open_prompts(config: Any, base: Base, num_virtual: int) -> PromptData:
         )
 
     def opened(entry: Any, key: str) -> PromptStore:
-        return open_one(entry, config, base, num_virtual, key)
+        return open_one(entry, config, base, method.num_virtual, key)
 
     data = config.data
     stores = [opened(entry, f"data.train[{i}]") for i, entry in enumerate(data.train)]

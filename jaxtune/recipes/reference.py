@@ -65,18 +65,22 @@ def base_of(config: ModelConfig, params: Tree) -> Tree:
 
 
 def base_logprobs(
-    config: ModelConfig, params: Tree, batch: dict[str, jax.Array], shards: int
+    config: ModelConfig,
+    params: Tree,
+    batch: dict[str, jax.Array],
+    shards: int,
+    most: int | None = None,
 ) -> jax.Array:
     """Returns the log-probabilities [B, T] of a batch's targets under the base, without gradient.
 
     Args:
         config: the model.
         params: its parameters with a method's.
-        batch, shards: as for `scores.predictions`, at whose places the result stands.
+        batch, shards, most: as for `scores.predictions`, at whose places the result stands.
     """
     base = jax.lax.stop_gradient(base_of(config, params))
-    inputs = {name: array for name, array in batch.items() if name in INPUTS}
-    return predictions(config, BASE, base, inputs, shards=shards).scores.logprobs
+    inputs = {name: array for name, array in batch.items() if name in (*INPUTS, "loss_mask")}
+    return predictions(config, BASE, base, inputs, shards=shards, most=most).scores.logprobs
 
 
 def check_start(wanted: float | None, found: Mapping[str, float], dtype: str) -> None:

@@ -23,7 +23,7 @@ from jaxtune.parallel.batches import Rows, held_rows
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.processes import is_writer
 from jaxtune.recipes.assemble import TEACHER, Parts
-from jaxtune.recipes.data import open_store
+from jaxtune.recipes.data import open_store, positions_left
 from jaxtune.recipes.fisher import diagonal
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.training.compile import Layout, jit_evaluation
@@ -119,6 +119,7 @@ def open_retention(config: Any, parts: Parts, layout: Layout, tokenizer: Any) ->
             parts.config.vocab_size,
             parts.method.num_virtual,
             f"retention.data[{i}]",
+            context=positions_left(parts.config, parts.method),
         )
         for i, entry in enumerate(config.retention.data)
     }

@@ -21,6 +21,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.preference import most_completions
+from jaxtune.recipes.rows import UNKNOWN, Rows
 from jaxtune.training.step import Loss, Metrics, SumLoss
 
 Batch = dict[str, jax.Array]
@@ -57,7 +58,12 @@ def scored_loss(
 
 
 def of_batch(
-    scores: jax.Array, batch: Batch, *, centering: float = 0.0, calibrated: bool = False
+    scores: jax.Array,
+    batch: Batch,
+    *,
+    centering: float = 0.0,
+    calibrated: bool = False,
+    rows: Rows = UNKNOWN,
 ) -> tuple[Weighted, Metrics]:
     """Returns the loss of scores for what the batch holds: pairs, ranked lists or judged steps.
 
@@ -66,23 +72,24 @@ def of_batch(
         batch: its keys tell which, see `data.columns`.
         centering: coefficient of `objectives.reward.centring`, of pairs.
         calibrated: add what the calibration error of pairs is made of to the metrics.
+        rows: what is known of the rows.
     """
     if "label" in batch:
         return of_steps(scores, batch)
     if "groups" in batch:
-        return of_lists(scores, batch)
-    return of_pairs(scores, batch, centering, calibrated)
+        return of_lists(scores, batch, rows)
+    return of_pairs(scores, batch, centering, calibrated, rows)
 
 
 def of_pairs(
-    scores: jax.Array, batch: Batch, centering: float, calibrated: bool
+    scores: jax.Array, batch: Batch, centering: float, calibrated: bool, rows: Rows
 ) -> tuple[Weighted, Metrics]:
     """Returns the Bradley–Terry loss of chosen and rejected, each scored at its last token.
 
     Reads `completions`, `positions`, `example_weight` and `margin`; see `of_batch`.
     """
     completions = batch["completions"]
-    count = most_completions(scores.shape[1])
+    count = most_completions(rows, scores.shape[1])
     sides = pairs(at_last(scores, completions, batch["positions"], count))
     weights = pair_weights(completions, count, batch["example_weight"])
     margin = pairs(of_completion(batch["margin"], completions, count)).chosen
@@ -92,14 +99,15 @@ def of_pairs(
     return loss, named(metrics)
 
 
-def of_lists(scores: jax.Array, batch: Batch) -> tuple[Weighted, Metrics]:
+def of_lists(scores: jax.Array, batch: Batch, rows: Rows) -> tuple[Weighted, Metrics]:
     """Returns the pairwise loss of ranked completions, which follow one another, the best first.
 
     Reads `completions`, `groups`, `positions` and `example_weight`; pairs among the data, which are
     lists of two, have a `margin` as well.
     """
     completions = batch["completions"]
-    count = scores.shape[1]  # a list may be long, and its completions share a prompt
+    # A list may be long, and its completions share a prompt.
+    count = rows.most_completions(1, scores.shape[1])
     lists = of_completion(batch["groups"], completions, count).astype(jnp.int32)
     ranks = jnp.broadcast_to(jnp.arange(count), lists.shape)
     weights = of_completion(batch["example_weight"], completions, count)
@@ -129,22 +137,21 @@ def named(metrics: dict[str, Weighted]) -> dict[str, Weighted]:
     return {name.removeprefix("rewards/"): value for name, value in metrics.items()}
 
 
-def trained_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def trained_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the loss that a run of the resolved config minimises."""
-    del shards
-    of_scores = functools.partial(of_batch, centering=config.objective.centering)
+    of_scores = functools.partial(of_batch, centering=config.objective.centering, rows=rows)
     return scored_loss(parts.config, parts.method, of_scores, config.objective.balance)
 
 
-def held_out_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def held_out_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the loss without centring, with accuracy and calibration."""
-    del config, shards
-    return measured_loss(parts.config, parts.method)
+    del config
+    return measured_loss(parts.config, parts.method, rows)
 
 
-def measured_loss(config: ModelConfig, method: Method) -> SumLoss:
+def measured_loss(config: ModelConfig, method: Method, rows: Rows = UNKNOWN) -> SumLoss:
     """Returns the loss by which a reward model is measured, with accuracy and calibration."""
-    return scored_loss(config, method, functools.partial(of_batch, calibrated=True))
+    return scored_loss(config, method, functools.partial(of_batch, calibrated=True, rows=rows))
 
 
 OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=False)

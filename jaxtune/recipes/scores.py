@@ -118,6 +118,7 @@ def predictions(
     *,
     shards: int = 1,
     logits_bytes: int = LOGITS_BYTES,
+    most: int | None = None,
 ) -> Predictions:
     """Returns the Predictions of a model on a batch, without the [B, T, V] logits.
 
@@ -127,20 +128,60 @@ def predictions(
         key: dropout key, or None.
         shards: over how many devices the rows are spread.
         logits_bytes: see `token_scores`.
+        most: a number that the targets of a row never exceed (its `loss_mask` is not 0 there). The
+            head then runs on so many tokens a row, and scores elsewhere are 0; of a row with more
+            targets they are NaN. None: on all tokens.
     """
     batch = balanced(target_side(batch))
     inputs = {name: batch.pop(name) for name in INPUTS if name in batch}
     hidden = predicting_states(config, method, params, inputs, key)
+    states, targets, pieces = hidden.states, batch["targets"], sequence_shards()
+    few = most is not None and most < targets.shape[1] and pieces == 1
+    if few:
+        trained = batch["loss_mask"] > 0
+        places = first_places(trained, most)
+        states = jnp.take_along_axis(states, places[:, :, None], axis=1)
+        targets = jnp.take_along_axis(targets, places, axis=1)
     scores = token_scores(
         functools.partial(decoder.logits, config, method, params, key=key),
-        hidden.states,
-        batch["targets"],
+        states,
+        targets,
         config.vocab_size,
         logits_bytes=logits_bytes,
         shards=shards,
-        pieces=sequence_shards(),
+        pieces=pieces,
     )
+    if few:
+        scores = Scores(
+            put_back(scores.logprobs, trained),
+            put_back(scores.correct.astype(jnp.float32), trained) > 0,
+        )
     return Predictions(scores, batch, hidden.states, hidden.balance)
+
+
+def first_places(chosen: jax.Array, count: int) -> jax.Array:
+    """Returns int32 [B, count], the places where `chosen` bool [B, T] holds, in order, then others.
+
+    >>> import jax.numpy as jnp
+    >>> first_places(jnp.array([[False, True, False, True]]), 3).tolist()
+    [[1, 3, 0]]
+    """
+    return jnp.argsort(~chosen, axis=1, stable=True)[:, :count].astype(jnp.int32)
+
+
+def put_back(values: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Returns float32 [B, T]: values [B, M] at the places of `first_places`, 0 elsewhere.
+
+    A row in which `chosen` holds at more than M places is NaN there: no value may be lost unseen.
+
+    >>> import jax.numpy as jnp
+    >>> put_back(jnp.array([[5.0, 6.0, 7.0]]), jnp.array([[False, True, False, True]])).tolist()
+    [[0.0, 5.0, 0.0, 6.0]]
+    """
+    rank = jnp.cumsum(chosen, axis=1) - 1
+    found = jnp.take_along_axis(values, jnp.clip(rank, 0, values.shape[1] - 1), axis=1)
+    fits = jnp.sum(chosen, axis=1, keepdims=True) <= values.shape[1]
+    return jnp.where(chosen, jnp.where(fits, found, jnp.nan), 0.0)
 
 
 def chunk_bytes(config: ModelConfig, trainable: Tree, shards: int) -> int:

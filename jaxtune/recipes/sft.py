@@ -15,6 +15,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import chunk_bytes, predictions
 from jaxtune.training.step import Loss, SumLoss
 
@@ -55,15 +56,15 @@ def sft_loss(
     return sum_loss
 
 
-def trained_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def trained_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the loss that a run of the resolved config minimises."""
-    keep = keep_of(config, parts, shards)
-    return sft_loss(parts.config, parts.method, shards, config.objective.balance, keep)
+    keep = keep_of(config, parts, rows.shards)
+    return sft_loss(parts.config, parts.method, rows.shards, config.objective.balance, keep)
 
 
-def held_out_loss(config: Any, parts: Parts, shards: int) -> SumLoss:
+def held_out_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     """Returns the next-token loss alone."""
-    return sft_loss(parts.config, parts.method, shards)
+    return sft_loss(parts.config, parts.method, rows.shards)
 
 
 OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=True)

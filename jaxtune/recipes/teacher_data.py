@@ -24,6 +24,7 @@ from jaxtune.data.batches import Batch, eval_batches
 from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
 from jaxtune.parallel.batches import held_rows
+from jaxtune.peft.method import Method
 from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
@@ -68,14 +69,14 @@ class TopK:
         return rest | {IDS: ids, LOGPROBS: logprobs}
 
 
-def open_data(config: Any, base: Base, num_virtual: int) -> Data:
+def open_data(config: Any, base: Base, method: Method) -> Data:
     """Returns the examples, with what the teacher says of them where it is on disk.
 
     Raises:
         RequestError: what is on disk is of other data, another tokenizer or temperature, or
             damaged.
     """
-    data = tokenised(config, base, num_virtual)
+    data = tokenised(config, base, method)
     directory = config.objective.teacher_data
     if directory is None:
         return data

@@ -13,6 +13,7 @@ from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import batch_shards
 from jaxtune.peft.method import Method
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.step import divisor, mean_loss, summed_gradients
 from tests.correctness.small import ROWS, Small
@@ -99,7 +100,9 @@ def measure(model: Small, config: Any, count: int = 1):
         config: as `config_of` gives it.
         count: micro-batches.
     """
-    loss = OBJECTIVES[config.objective.name].trained(config, model.parts, batch_shards(model.mesh))
+    loss = OBJECTIVES[config.objective.name].trained(
+        config, model.parts, Rows(batch_shards(model.mesh))
+    )
 
     @jax.jit
     def run(trainable, frozen, batch):

@@ -168,6 +168,15 @@ def test_completions_are_cut_alike(words):
     store, counts = kept(5, overlong="truncate")  # the prompt alone of the first pair
     assert len(store) == 1 and store.records.tolist() == [1] and counts.dropped == 1
     assert store.example(0)[0].tolist() == [7, 8, 4]
+    # The model's positions are for each text by itself: a prompt with one of its completions.
+    store, counts = kept(12, context=7)
+    assert counts.truncated == counts.dropped == 0
+    with pytest.raises(RequestError, match="7 positions with its prompt, more than the model's 6"):
+        kept(12, context=6)
+    store, counts = kept(12, context=6, overlong="truncate")
+    assert store.example(0)[0].tolist() == [2, 3, 4, EOS, 5, 6, 7, 8]
+    store, counts = kept(12, context=6, overlong="drop")
+    assert store.records.tolist() == [1] and counts.dropped == 1
     store, counts = kept(10, overlong="drop")
     assert len(store) == 1 and (counts.dropped, counts.tokens_dropped) == (1, 9)
 
@@ -193,15 +202,19 @@ def test_nothing_is_lost_in_silence(words, sizes, overlong, shared, virtual):
     assert total == counts.tokens_in == sum(p + a + b + 2 for p, a, b in [*sizes, (1, 2, 1)])
     assert counts.examples + counts.dropped == counts.records
     stream = Stream([store], seq_len=18, packing=shared, num_virtual=virtual)
-    seen, completions = [], 0
+    seen, completions, targets = [], 0, 0
     for index in range(stream.rows_per_epoch(0)):
         row = stream.row(index)
         trained = row["completions"] > 0
         assert ((row["loss_mask"] > 0) == trained).all()
         seen += row["input_ids"][trained].tolist()
         completions = max(completions, int(row["completions"].max()))
+        targets = max(targets, int(trained.sum()))
         assert row["completions"].max() == 2 * len(stream.examples_of_row(index))
     assert completions <= stream.most_completions
+    assert targets <= stream.most_targets <= 18
+    if not shared:
+        assert targets == stream.most_targets
     assert sorted(seen) == sorted(store.ids[store.mask > 0].tolist())
     assert len(seen) == counts.trained_tokens
 

@@ -50,6 +50,24 @@ def test_the_step_is_made_for_the_keys_of_pairs(pairs, packing):
     assert plan.attention.name == "xla"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_row_of_pairs_may_be_longer_than_the_context_and_no_side(pairs, packing):
+    pairs["data"]["packing"] = packing
+    longest = 2 * build(resolve(pairs)).data.stream.row(0)["positions"].max() + 2
+    side = int(longest) // 2
+    pairs["model"]["overrides"]["max_position_embeddings"] = side
+    plan = build(resolve(pairs))  # 64 tokens a row
+    assert plan.data.stream.row(0)["positions"].max() == side - 1 < plan.config.data.seq_len // 2
+    pairs["model"]["overrides"]["max_position_embeddings"] = side - 1
+    with pytest.raises(RequestError, match=f"more than the model's {side - 1}") as error:
+        build(resolve(pairs))
+    assert error.value.key == "data.train[0]" and error.value.where.endswith("pairs.jsonl:1")
+    texts = pairs | {"objective": {"name": "kto"}}  # one completion a row
+    texts["data"]["packing"] = False
+    with pytest.raises(RequestError, match=f"64 positions are more than the model's {side - 1}"):
+        build(resolve(texts))
+
+
 def test_what_cannot_share_prompts_is_refused(pairs):
     for changes, key in (
         ({"mesh": {"data": 1, "fsdp": 1, "sequence": 2}}, "data.packing"),

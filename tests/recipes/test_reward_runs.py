@@ -107,7 +107,7 @@ def test_scores_are_those_of_training_and_order_the_pairs(run, data):
     lm = jaxtune.load(run, dtype="float32")
     pairs = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()]
     chosen, rejected = (
-        lm.scores([f"{pair['prompt']}{pair[side]} </s>" for pair in pairs])
+        lm.scores([f"{pair['prompt']}{pair[side]}" for pair in pairs])
         for side in ("chosen", "rejected")
     )
     assert (chosen > rejected).all()

@@ -19,6 +19,7 @@ from jaxtune.recipes import online
 from jaxtune.recipes.base import BASE
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import base_of
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.step import mean_loss, summed_gradients, terms
 from tests.correctness.small import CONFIG, small
@@ -146,7 +147,7 @@ def forward(case: str, tmp: Any) -> tuple[float, dict[str, float]]:
     """(loss, metrics) of the batch."""
     config = objective_of(case, tmp)
     model = small("full" if case == "grpo" else "lora", model_of(case))
-    loss = OBJECTIVES[config.objective.name].trained(config, model.parts, 1)
+    loss = OBJECTIVES[config.objective.name].trained(config, model.parts, Rows(1))
 
     def run(trainable, frozen, batch):
         found, metrics = loss(trainable, frozen, batch, None)
@@ -161,7 +162,7 @@ def gradients(case: str, tmp: Any, count: int, sizes: tuple = ()):
     """(loss, {path: gradient}) of the batch in so many micro-batches on a mesh."""
     config, mesh = objective_of(case, tmp), make_mesh(dict(sizes))
     model = small("full" if case == "grpo" else "lora", model_of(case), mesh)
-    loss = OBJECTIVES[config.objective.name].trained(config, model.parts, batch_shards(mesh))
+    loss = OBJECTIVES[config.objective.name].trained(config, model.parts, Rows(batch_shards(mesh)))
 
     def run(trainable, frozen, batch):
         losses, metrics, grads = summed_gradients(

@@ -16,6 +16,7 @@ from jaxtune.recipes import reference
 from jaxtune.recipes.assemble import load_parts, plan_parts
 from jaxtune.recipes.build import optim_spec
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.schema import resolve
 from jaxtune.training.compile import fresh_state, jit_step, make_layout
@@ -70,7 +71,7 @@ def steps(tmp_path_factory) -> list[dict[str, float]]:
     schedule = make_schedule("constant", RECIPE["lr"], RECIPE["steps"])
     tx = make_transform(optim_spec(config.optim), parts.labels, trained, schedule)
     layout = make_layout(trained, held, parts.shardings, tx, mesh)
-    loss = OBJECTIVES["dpo"].trained(config, parts, 1)
+    loss = OBJECTIVES["dpo"].trained(config, parts, Rows(1))
     step = jit_step(make_train_step(loss, tx, schedule, 1), layout)
     found = []
     with jax.set_mesh(mesh):
