@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.core.places import is_remote, place
@@ -139,6 +140,53 @@ def add_distributed(parser: Parser) -> None:
         default="auto",
         help="the processes of the run: those of a cluster that is found, none, or as given (auto)",
     )
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def add_sampling(parser: Parser, max_new_tokens: int) -> None:
+    """Adds the flags of SAMPLING, None where they are not given: how text is written.
+
+    Args:
+        parser: of the verb.
+        max_new_tokens: the default, for the help.
+    """
+    parser.add_argument(
+        "--max_new_tokens", type=positive, help=f"the most tokens of a text ({max_new_tokens})"
+    )
+    parser.add_argument("--temperature", type=float, help="0 is greedy (0)")
+    parser.add_argument("--top_p", type=float, help="nucleus (1)")
+    parser.add_argument("--top_k", type=int, help="0 is off (0)")
+    parser.add_argument("--seed", type=int, help="of the sampling (0)")
+    parser.add_argument("--stop", action="append", help="a string that ends a text")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags of SAMPLING that were given.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    temperature, top_p = given.get("temperature", 0.0), given.get("top_p", 1.0)
+    if not 0 <= temperature < math.inf:
+        raise RequestError(f"expected a number ≥ 0; got {temperature}", key="--temperature")
+    if not 0 < top_p <= 1:
+        raise RequestError(f"expected a number > 0 and ≤ 1; got {top_p}", key="--top_p")
+    for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
+        if not 0 <= given.get(name, 0) <= most:
+            raise RequestError(
+                f"expected an integer ≥ 0, ≤ {most}; got {given[name]}", key=f"--{name}"
+            )
+    if "" in given.get("stop", ()):
+        raise RequestError("a stop string must not be empty", key="--stop")
+    return given
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas, for argparse."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def require_workdir(workdir: str | None, *, remote: bool = False) -> pathlib.Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import pathlib
 import sys
@@ -34,12 +33,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print {prompt, completion} lines")
     parser.add_argument("--chat", action="store_true", help="talk; /reset forgets, /exit leaves")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    parser.add_argument("--max_new_tokens", type=arguments.positive, default=64, help="(64)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus (1)")
-    parser.add_argument("--top_k", type=int, default=0, help="0 is off (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--stop", action="append", help="a string that ends a completion")
+    arguments.add_sampling(parser, 64)
     parser.add_argument(
         "--batch_size", type=arguments.positive, default=16, help="prompts at a time (16)"
     )
@@ -51,10 +45,7 @@ def run(argv: Sequence[str]) -> int:
     _check(args)
     found = source.find(split, args)
     prompts = _prompts(args)
-    options = {
-        name: getattr(args, name)
-        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-    }
+    options = arguments.sampling(args)
 
     from jaxtune.recipes.language_model import load
 
@@ -79,14 +70,6 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("has no output file", key="--chat")
     if args.system is not None and not args.chat:
         raise RequestError("needs --chat", key="--system")
-    if not 0 <= args.temperature < math.inf:
-        raise RequestError(f"expected a number ≥ 0; got {args.temperature}", key="--temperature")
-    if not 0 < args.top_p <= 1:
-        raise RequestError(f"expected a number > 0 and ≤ 1; got {args.top_p}", key="--top_p")
-    for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
-        value = getattr(args, name)
-        if not 0 <= value <= most:
-            raise RequestError(f"expected an integer ≥ 0, ≤ {most}; got {value}", key=f"--{name}")
     if args.out is not None:
         out = pathlib.Path(args.out).absolute()
         if not out.parent.is_dir():

@@ -13,26 +13,24 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import partition
 from jaxtune.data.batches import eval_batches
-from jaxtune.data.shares import SharedStore, tokenize_shared
-from jaxtune.data.sources import open_source
+from jaxtune.data.shares import SharedStore
 from jaxtune.data.store import TokenStore
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness
-from jaxtune.recipes.against import compare
+from jaxtune.recipes.against import comparable, compare
 from jaxtune.recipes.base import is_run
+from jaxtune.recipes.eval_data import PAIRS, entries_of, open_one
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.language_model import LanguageModel, load
-from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.schema import resolve
-from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
+from jaxtune.recipes.text_figures import measure_texts, texts_asked
 from jaxtune.training.workdir import read_json
 
 BASE = "base"  # what a run was tuned from
-PAIRS = "preference"  # the format of data with two completions of each prompt
 
 
 def evaluate(
@@ -50,10 +48,14 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
     against: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    **writing: Any,
 ) -> dict[str, Any]:
     """Returns {"loss", "perplexity", "tokens", "examples", "accuracy", "tasks"}.
 
-    On pairs there is no perplexity, and more is told of them; see `evaluate_pairs.pair_loss`.
+    On pairs there is no perplexity, and more is told of them; see `evaluate_pairs.pair_loss`. Of
+    several sources "sources" has the same of each.
 
     With `tasks` and without `data`, only "tasks" is there: {name: {metric: value}}.
 
@@ -68,14 +70,20 @@ def evaluate(
         dtype: "bfloat16" or "float32"; by default the run's, or bfloat16.
         limit: the first so many examples of each source and task.
         against: another model, or BASE for the run's own; "against" then tells the difference,
-            see `against.compare`.
+            see `against.compare`, of metrics and labels too.
         tasks, include_path: tasks of lm-evaluation-harness, and a directory with more of them.
+        metrics: names in `text_metrics.METRICS`; "metrics" then says how near what the model writes
+            is to the completions, see `answers.told`.
+        labels: the completions to choose from, or ("auto",); "labels" then says how well the model
+            chooses, see `text_figures.Found`.
+        writing: fields of `answers.Writing`, for `metrics`.
 
     Raises:
-        RequestError: no model, no data, no such task, or what cannot be read.
+        RequestError: no model, no data, no such task or metric, or what cannot be read.
     """
     # A wrong name is known before a model is loaded.
     asked = None if tasks is None else harness.find_tasks(tasks, include_path)
+    texts = texts_asked(metrics, labels, writing)
     where = workdir if model is None else model
     if where is None:
         raise RequestError("needs the --workdir of a run, or --model", key="--config")
@@ -84,48 +92,45 @@ def evaluate(
         dtype = "bfloat16" if run is None else run.model.dtype
     mesh = None
     if jax.process_count() > 1:
-        if asked is not None:
-            raise RequestError("run in one process; give --distributed=none", key="--tasks")
+        for key, given in (("--tasks", asked), ("--metrics", metrics), ("--labels", labels)):
+            if given is not None:
+                raise RequestError("run in one process; give --distributed=none", key=key)
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
-    if asked is not None and not lm.config.lm_head:
+    if (asked is not None or texts is not None) and not lm.config.lm_head:
         raise RequestError("is a reward model, which has no logits for tasks", where=lm.source)
     measured = {}
     if asked is not None:
         measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
         if data is None:
             return {"tasks": measured}
-    if data is not None:
-        stores = {data: open_one(lm, data, format, seq_len, "--data")}
-    elif run is not None and OBJECTIVES[run.objective.name].held_out is None:
-        raise RequestError(
-            f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
-            "loss give --data and --format",
-            key="--data",
-        )
-    elif run is not None and run.data.eval:
-        stores = {
-            entry.name: open_one(
-                lm, entry.source, entry.format, run.data.seq_len, "data.eval", run.data.overlong
-            )
-            for entry in run.data.eval
-        }
-    else:
-        raise RequestError("the run has no data.eval; give --data and --format", key="--data")
+    size = batch_size or 8
+    entries = entries_of(run, data, format, seq_len)
+    stores = {entry.name: open_one(lm, entry) for entry in entries}
     if limit is not None:
         stores = {name: store.head(limit) for name, store in stores.items()}
-    results = {name: measure(lm, store, batch_size or 8, run) for name, store in stores.items()}
+    found = None if texts is None else measure_texts(lm, entries, texts, size, limit)
+    results = {name: measure(lm, store, size, run) for name, store in stores.items()}
     total = functools.reduce(Sums.__add__, results.values())
     report = {
         **total.means(),
         "examples": sum(len(store) for store in stores.values()),
         "tasks": measured,
     }
+    sources: dict[str, dict[str, Any]] = {n: result.means() for n, result in results.items()}
+    if found is not None:
+        report |= found.report()
+        sources = {name: of | found.report(name) for name, of in sources.items()}
     if against is not None:
         other = base_of(lm, against, dtype)
-        report["against"] = compare(lm, other, stores, batch_size or 8)
+        report["against"] = {}
+        if found is None or comparable(lm, other):
+            report["against"] = compare(lm, other, stores, size)
+        if found is not None:
+            theirs = measure_texts(other, entries, texts, size, limit, found.names)
+            report["against"] |= found.compared(theirs)
     if len(results) > 1:
-        report["sources"] = {name: result.means() for name, result in results.items()}
+        report["sources"] = sources
     return report
 
 
@@ -147,43 +152,6 @@ def run_config(where: Path, config: Mapping[str, Any] | None) -> Any:
     path = where / "config.json"
     raw = read_json(path) if path.is_file() else {}
     return resolve(raw) if "objective" in raw else None
-
-
-def open_one(
-    lm: LanguageModel,
-    source: str,
-    format: str,
-    seq_len: int | None,
-    key: str,
-    overlong: str = "error",
-) -> TokenStore | SharedStore:
-    """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
-    if lm.tokenizer is None and format != "tokens":
-        raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
-    scorer = not lm.config.lm_head
-    known = FORMATS_OF["reward"] if scorer else (*FORMATS_OF["sft"], PAIRS)
-    if format not in known:
-        reads = "a reward model reads" if scorer else "what has a loss to measure is"
-        raise RequestError(
-            f"{format!r} cannot be measured: {reads} {', '.join(known)}",
-            key="--format" if key == "--data" else f"{key}.format",
-        )
-    longest = lm.config.max_context - lm.method.position_offset
-    if format == PAIRS:
-        longest *= 2  # a row holds the prompt with each side
-    count = jax.process_count()
-    return tokenize_shared(
-        open_source(source, key=key, lazily=count > 1),
-        format,
-        lm.tokenizer,
-        count=count,
-        index=jax.process_index(),
-        seq_len=longest if seq_len is None else seq_len,
-        overlong=overlong,
-        num_virtual=lm.method.num_virtual,
-        vocab_size=lm.config.vocab_size,
-        key=key,
-    )
 
 
 def measure(

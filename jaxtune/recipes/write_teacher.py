@@ -15,7 +15,7 @@ from jaxtune.data.batches import placed_batches
 from jaxtune.models import decoder
 from jaxtune.objectives.chunks import in_chunks
 from jaxtune.parallel.batches import global_batch
-from jaxtune.recipes.evaluate import open_one
+from jaxtune.recipes.eval_data import Entry, open_one
 from jaxtune.recipes.language_model import LanguageModel, load
 from jaxtune.recipes.scores import at_targets, predicting_states
 from jaxtune.recipes.teacher_data import write_one
@@ -55,7 +55,7 @@ def write_teacher(
     lm = load(model, dtype=dtype, quantize=quantize)
     if top_k > lm.config.vocab_size:
         raise RequestError(f"the model has {lm.config.vocab_size} tokens", key="--top_k")
-    store = open_one(lm, source, format, seq_len, "--source", overlong)
+    store = open_one(lm, Entry(source, source, format, "--source", seq_len, overlong))
     width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
     run = jitted(lm, top_k, temperature)
     ids, logprobs = [], []
