@@ -154,7 +154,7 @@ def measure(lm: Any, task: Task, held: Path, texts: Sequence[str], limit: int | 
     found = evaluate.measure(lm, store, 32).means()
     if not task.choices:
         return Measured(found["loss"], found["accuracy"], None, stories_nll(lm, texts))
-    questions = eval_data.questions_of(lm, entry, limit)
+    questions = eval_data.questions_of(entry, lm.tokenizer, limit=limit)
     labels = labelled.labels_of([c.strip() for c in task.choices], questions, "held")
     table = labelled.label_scores(lm, questions, labels)
     told = {n: f.whole for n, f in figures(table, labelled.truth_of(questions, labels)).items()}

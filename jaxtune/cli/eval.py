@@ -52,6 +52,17 @@ def run(argv: Sequence[str]) -> int:
         help="completions to choose from, the likeliest counts; auto: all that the data has",
     )
     parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="a server of OpenAI's protocol whose model grades the answers; with --against, it "
+        "compares them in both orders",
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="as the server knows it")
+    parser.add_argument("--judge_template", metavar="FILE", help="Jinja text of the request")
+    parser.add_argument(
+        "--by", metavar="FIELD", help="of the records: every figure for each of its values too"
+    )
+    parser.add_argument(
         "--tasks", metavar="NAME,…", type=arguments.names, help="tasks of lm-evaluation-harness"
     )
     parser.add_argument("--include_path", metavar="DIR", help="directory of more tasks")
@@ -112,9 +123,12 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
     if args.against is not None and args.tasks is not None and args.data is None:
         raise RequestError("compares losses: give --data=SOURCE", key="--against")
     writing = arguments.sampling(args)
-    if writing and args.metrics is None:
+    if writing and args.metrics is None and args.judge is None:
         raise RequestError("needs --metrics=NAME", key=f"--{next(iter(writing))}")
-    for name in ("metrics", "labels"):
+    for name in ("judge_model", "judge_template"):
+        if getattr(args, name) is not None and args.judge is None:
+            raise RequestError("needs --judge=URL", key=f"--{name}")
+    for name in ("metrics", "labels", "by", "judge"):
         if getattr(args, name) is not None and args.tasks is not None and args.data is None:
             raise RequestError("needs --data=SOURCE", key=f"--{name}")
     if args.data is not None:

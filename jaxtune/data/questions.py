@@ -10,6 +10,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.chat import draft_chat, draft_completion, encode_drafts, render_prompt
 from jaxtune.data.conversations import Conversation
 from jaxtune.data.formats import Completion, parse
+from jaxtune.data.parts import by_key, values_of
 from jaxtune.data.sources import Source
 from jaxtune.data.tokenizer import Tokenizer
 
@@ -24,11 +25,13 @@ class Question:
         example: the record; of a conversation, the last turn is the answer.
         ids: from which an answer is generated.
         where: its place in the source, as `FILE:LINE`.
+        group: the value of the field that parts the source; "" where none does.
     """
 
     example: Completion | Conversation
     ids: tuple[int, ...]
     where: str
+    group: str = ""
 
     @property
     def wanted(self) -> str:
@@ -75,6 +78,7 @@ def read_questions(
     tokenizer: Tokenizer,
     *,
     limit: int | None = None,
+    by: str | None = None,
     key: str | None = None,
 ) -> list[Question]:
     """Reads the records of a source as questions.
@@ -87,6 +91,7 @@ def read_questions(
         format: one of FORMATS.
         tokenizer: with a chat template, if there are conversations.
         limit: the first so many records.
+        by: a field of the records that parts them.
         key: config key named in errors.
 
     Raises:
@@ -98,7 +103,9 @@ def read_questions(
             key="--format" if key == "--data" else f"{key}.format",
         )
     found = []
-    for record in range(len(source) if limit is None else min(limit, len(source))):
+    chosen = range(len(source) if limit is None else min(limit, len(source)))
+    groups = [""] * len(chosen) if by is None else values_of(source, chosen, by, by_key(key))
+    for record in chosen:
         where = source.where(record)
         chat = bool(tokenizer.chat_template)
         example = parse(source[record], format, chat=chat, where=where, key=key)
@@ -106,7 +113,7 @@ def read_questions(
             ids = _prompt_ids(example, tokenizer)
         except RequestError as error:
             raise RequestError(error.message, key=error.key or key, where=where) from None
-        found.append(Question(example, tuple(ids), where))
+        found.append(Question(example, tuple(ids), where, groups[record]))
     return found
 
 

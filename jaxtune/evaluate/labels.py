@@ -13,6 +13,14 @@ import numpy as np
 from jaxtune.evaluate.bootstrap import Measured, mean_of
 
 BINS = (10, 15)  # of equal width, of the confidence in [0, 1]
+FIGURES = (
+    "accuracy",
+    "balanced_accuracy",
+    "macro_f1",
+    *(f"ece_{bins}" for bins in BINS),
+    "brier",
+    "nll",
+)
 
 
 def probabilities(logprobs: np.ndarray) -> np.ndarray:

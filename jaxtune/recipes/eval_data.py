@@ -12,6 +12,7 @@ from jaxtune.data.questions import Question, read_questions
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.store import TokenStore
+from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.recipes.language_model import LanguageModel
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.schema_formats import FORMATS_OF
@@ -29,6 +30,7 @@ class Entry:
         key: named in errors.
         seq_len: tokens a row; None: as many as the longest example needs.
         overlong: what happens to a longer example.
+        by: a field of the records that parts them; None: they stay together.
     """
 
     name: str
@@ -37,22 +39,27 @@ class Entry:
     key: str
     seq_len: int | None = None
     overlong: str = "error"
+    by: str | None = None
 
 
 def entries_of(
-    run: Any, data: str | None, format: str | None, seq_len: int | None
+    run: Any,
+    data: str | None,
+    format: str | None,
+    seq_len: int | None,
+    by: str | None,
 ) -> tuple[Entry, ...]:
     """Returns the source that was named, else those of a run's `data.eval`.
 
     Args:
         run: resolved config, or None for a model that no run made.
-        data, format, seq_len: as given.
+        data, format, seq_len, by: as given; None: the run's.
 
     Raises:
         RequestError: there is nothing to evaluate on.
     """
     if data is not None:
-        return (Entry(data, data, format, "--data", seq_len),)
+        return (Entry(data, data, format, "--data", seq_len, by=by),)
     if run is not None and OBJECTIVES[run.objective.name].held_out is None:
         raise RequestError(
             f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
@@ -63,7 +70,7 @@ def entries_of(
         raise RequestError("the run has no data.eval; give --data and --format", key="--data")
     length, overlong = run.data.seq_len, run.data.overlong
     return tuple(
-        Entry(entry.name, entry.source, entry.format, "data.eval", length, overlong)
+        Entry(entry.name, entry.source, entry.format, "data.eval", length, overlong, by or entry.by)
         for entry in run.data.eval
     )
 
@@ -103,21 +110,32 @@ def open_one(lm: LanguageModel, entry: Entry) -> TokenStore | SharedStore:
     )
 
 
-def questions_of(lm: LanguageModel, entry: Entry, limit: int | None) -> list[Question]:
-    """Returns the records of a source as questions, in ids of the model's tokenizer.
+def questions_of(
+    entry: Entry,
+    tokenizer: Tokenizer | None,
+    num_virtual: int = 0,
+    limit: int | None = None,
+) -> list[Question]:
+    """Returns the records of a source as questions.
 
     Where longer examples than `seq_len` are not an error, they are left out.
+
+    Args:
+        entry: the source.
+        tokenizer: of the model.
+        num_virtual: slots of prompt tuning, which count towards `seq_len`.
+        limit: the first so many records.
 
     Raises:
         RequestError: no tokenizer, a format without answers, or a record without one.
     """
-    if lm.tokenizer is None:
-        raise RequestError("answers are text and need a tokenizer", where=lm.source)
+    if tokenizer is None:
+        raise RequestError("answers are text and need a tokenizer", key=entry.key)
     source = open_source(entry.source, key=entry.key)
-    found = read_questions(source, entry.format, lm.tokenizer, limit=limit, key=entry.key)
+    found = read_questions(source, entry.format, tokenizer, limit=limit, by=entry.by, key=entry.key)
     if entry.overlong != "error" and entry.seq_len is not None:
-        room = entry.seq_len - lm.method.num_virtual
-        found = [q for q in found if sum(map(len, q.answered(q.wanted, lm.tokenizer))) <= room]
+        room = entry.seq_len - num_virtual
+        found = [q for q in found if sum(map(len, q.answered(q.wanted, tokenizer))) <= room]
     if not found:
         raise RequestError("no example is left to evaluate", key=entry.key)
     return found

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.data.questions import Question
 from jaxtune.evaluate import labels as classification
 from jaxtune.evaluate import text_metrics
 from jaxtune.evaluate.bootstrap import Measured
 from jaxtune.recipes import labelled
 from jaxtune.recipes.answers import Writing, compared, told, write
-from jaxtune.recipes.eval_data import Entry, questions_of
+from jaxtune.recipes.judge import Judge
 from jaxtune.recipes.language_model import LanguageModel
 
 
@@ -22,14 +23,16 @@ class Asked:
     """What is to be measured.
 
     Attributes:
-        metrics: names in `text_metrics.METRICS`; none: nothing is written.
+        metrics: names in `text_metrics.METRICS`; with none, and no judge, nothing is written.
         labels: names of labels, or ("auto",); none: nothing is classified.
         writing: how answers are written.
+        judge: of what is written, or None.
     """
 
     metrics: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     writing: Writing = dataclasses.field(default_factory=Writing)
+    judge: Judge | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Found:
     """What was measured on the questions of some sources, in their order.
 
     Attributes:
-        sources: the name of each question's source.
+        groups: (source, value of the field that parts it) of each question.
         wanted: the answer of each.
         metrics: names, as asked.
         texts: the model's answers; None: none were asked for.
@@ -47,7 +50,7 @@ class Found:
         truth: int [N], the right label.
     """
 
-    sources: tuple[str, ...]
+    groups: tuple[tuple[str, str], ...]
     wanted: tuple[str, ...]
     metrics: tuple[str, ...] = ()
     texts: tuple[str, ...] | None = None
@@ -56,43 +59,46 @@ class Found:
     logprobs: np.ndarray | None = None
     truth: np.ndarray | None = None
 
-    def part(self, source: str) -> Found:
-        """Returns what was measured on one source."""
-        chosen = [n for n, name in enumerate(self.sources) if name == source]
+    def part(self, source: str | None = None, value: str | None = None) -> Found:
+        """Returns what was measured on one source, on one value of the field, or on both."""
+        chosen = [
+            n
+            for n, (name, group) in enumerate(self.groups)
+            if source in (None, name) and value in (None, group)
+        ]
 
         def taken(values: Any) -> Any:
             if isinstance(values, np.ndarray):
                 return values[chosen]
             return None if values is None else tuple(values[n] for n in chosen)
 
-        fields = ("sources", "wanted", "texts", "cut", "logprobs", "truth")
+        fields = ("groups", "wanted", "texts", "cut", "logprobs", "truth")
         return dataclasses.replace(self, **{name: taken(getattr(self, name)) for name in fields})
 
     def figures(self) -> dict[str, dict[str, Measured]]:
         """Returns the figures, {"metrics", "labels": {name: figure}} as far as they were asked."""
         found = {}
-        if self.texts is not None:
+        if self.metrics:
             found["metrics"] = text_metrics.measure(self.metrics, self.texts, self.wanted)
         if self.logprobs is not None:
             found["labels"] = classification.figures(self.logprobs, self.truth)
         return found
 
-    def report(self, source: str | None = None) -> dict[str, Any]:
-        """Returns the figures with their intervals, of one source or of all.
+    def report(self) -> dict[str, Any]:
+        """Returns the figures with their intervals.
 
         "metrics" and "labels" are {name: {"value", "low", "high"}}; "answers" counts them and those
         that were cut; "labels" also has "names", "by_label" and "confusion", whose row is the
         right label and whose column the one chosen.
         """
-        part = self if source is None else self.part(source)
-        found: dict[str, Any] = {name: told(of) for name, of in part.figures().items()}
-        if part.cut is not None:
-            found["answers"] = {"written": len(part.cut), "cut": int(part.cut.sum())}
-        if part.logprobs is not None:
-            counts = classification.confusion(part.logprobs, part.truth)
+        found: dict[str, Any] = {name: told(of) for name, of in self.figures().items()}
+        if self.cut is not None:
+            found["answers"] = {"written": len(self.cut), "cut": int(self.cut.sum())}
+        if self.logprobs is not None:
+            counts = classification.confusion(self.logprobs, self.truth)
             found["labels"] |= {
-                "names": list(part.names),
-                "by_label": classification.by_label(counts, part.names),
+                "names": list(self.names),
+                "by_label": classification.by_label(counts, self.names),
                 "confusion": counts.tolist(),
             }
         return found
@@ -104,56 +110,56 @@ class Found:
 
 
 def texts_asked(
-    metrics: Sequence[str] | None, labels: Sequence[str] | None, writing: Mapping[str, Any]
+    metrics: Sequence[str] | None,
+    labels: Sequence[str] | None,
+    judge: Judge | None,
+    writing: Mapping[str, Any],
 ) -> Asked | None:
     """Returns what was asked for, or None.
 
     Raises:
         RequestError: an unknown metric, or one whose package is not installed.
     """
-    if metrics is None and labels is None:
+    if metrics is None and labels is None and judge is None:
         return None
     names = () if metrics is None else text_metrics.check_names(metrics, "--metrics")
-    return Asked(names, tuple(labels or ()), Writing(**writing))
+    return Asked(names, tuple(labels or ()), Writing(**writing), judge)
 
 
 def measure_texts(
     lm: LanguageModel,
-    entries: Sequence[Entry],
+    questions: Mapping[str, Sequence[Question]],
     asked: Asked,
     batch_size: int,
-    limit: int | None = None,
     names: Sequence[str] = (),
 ) -> Found:
-    """Returns what a model writes to the questions of sources, and which labels it finds likely.
+    """Returns what a model writes to questions, and which labels it finds likely behind them.
 
     Args:
         lm: the model.
-        entries: the sources.
+        questions: {source: its questions}, in ids of the model's tokenizer.
         asked: what is to be measured.
         batch_size: questions at a time; does not change the result.
-        limit: the first so many of each source.
         names: the labels, where they are known already.
 
     Raises:
-        RequestError: a source without answers, one that is no label, or a prompt that is too long.
+        RequestError: an answer that is no label, or a prompt that is too long.
     """
-    each = {entry.name: questions_of(lm, entry, limit) for entry in entries}
-    questions = [question for some in each.values() for question in some]
+    every = [question for some in questions.values() for question in some]
     found = Found(
-        tuple(name for name, some in each.items() for _ in some),
-        tuple(question.wanted for question in questions),
+        tuple((name, question.group) for name, some in questions.items() for question in some),
+        tuple(question.wanted for question in every),
         asked.metrics,
     )
     if asked.labels:
-        names = labelled.labels_of(names or asked.labels, questions, "--labels")
+        names = tuple(names) or labelled.labels_of(asked.labels, every, "--labels")
         found = dataclasses.replace(
             found,
-            names=tuple(names),
-            logprobs=labelled.label_scores(lm, questions, names, batch_size),
-            truth=labelled.truth_of(questions, names),
+            names=names,
+            logprobs=labelled.label_scores(lm, every, names, batch_size),
+            truth=labelled.truth_of(every, names),
         )
-    if asked.metrics:
-        written = write(lm, questions, asked.writing, batch_size)
+    if asked.metrics or asked.judge is not None:
+        written = write(lm, every, asked.writing, batch_size)
         found = dataclasses.replace(found, texts=written.texts, cut=written.cut)
     return found

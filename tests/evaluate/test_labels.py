@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxtune.evaluate.bootstrap import interval
-from jaxtune.evaluate.labels import by_label, confusion, figures
+from jaxtune.evaluate.labels import FIGURES, by_label, confusion, figures
 
 NUMBER = 3
 
@@ -63,6 +63,7 @@ def slowly(logprobs, truth) -> dict[str, float]:
 
 def test_the_figures_are_those_of_each_example(case):
     found = figures(*case)
+    assert tuple(found) == FIGURES
     assert {name: figure.whole for name, figure in found.items()} == pytest.approx(slowly(*case))
 
 

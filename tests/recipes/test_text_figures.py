@@ -10,8 +10,11 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
+from jaxtune.core.errors import RequestError
 from jaxtune.evaluate.text_metrics import measure
+from jaxtune.recipes.schema import resolve
 
+pytest.importorskip("sacrebleu")
 MESSAGES = 10
 
 
@@ -21,7 +24,8 @@ def world(shared, tmp_path_factory):
     path = shared / "data/classification/sms_spam.tsv.gz"
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     parts = [line.split("\t") for line in lines]
-    chosen = [p for p in parts if p[0] == "spam"][:4] + [p for p in parts if p[0] == "ham"][:6]
+    spam, ham = ([p for p in parts if p[0] == name] for name in ("spam", "ham"))
+    chosen = [*ham[:2], *spam[:4], *ham[2:6]]
     rows = [
         {"prompt": f"Message: {text[:30]} Label:", "completion": f" {label}"}
         for label, text in chosen
@@ -43,18 +47,23 @@ def evaluated(capsys, words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.slow
-def test_labels_are_chosen_by_the_likelihood_of_the_whole_completion(world, lm, capsys):
-    words, rows, _ = world
-    found = evaluated(capsys, [*words, "--labels=auto", "--batch_size=3"])["labels"]
-    assert found["names"] == ["ham", "spam"]
-    table = np.zeros((MESSAGES, 2))
+def by_whole_logits(lm, rows) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (ln p of each label with its EOS, the number of the right one)."""
+    table = np.zeros((len(rows), 2))
     for number, row in enumerate(rows):
         start = len(lm.tokenizer.encode(row["prompt"]))
         for place, label in enumerate((" ham", " spam")):
             ids = [*lm.tokenizer.encode(row["prompt"] + label), lm.tokenizer.eos_id]
             table[number, place] = np.asarray(lm.logprobs([ids]))[0, start - 1 :].sum()
-    truth = np.array([[" ham", " spam"].index(row["completion"]) for row in rows])
+    return table, np.array([[" ham", " spam"].index(row["completion"]) for row in rows])
+
+
+@pytest.mark.slow
+def test_labels_are_chosen_by_the_likelihood_of_the_whole_completion(world, lm, capsys):
+    words, rows, _ = world
+    found = evaluated(capsys, [*words, "--labels=auto", "--batch_size=3"])["labels"]
+    assert found["names"] == ["ham", "spam"]
+    table, truth = by_whole_logits(lm, rows)
     odds = np.exp(table) / np.exp(table).sum(axis=1, keepdims=True)
     hits = table.argmax(axis=1) == truth
     assert found["accuracy"]["value"] == hits.mean()
@@ -92,7 +101,7 @@ def test_what_is_written_is_what_generate_writes(world, lm, capsys):
         (["--metrics=f2"], "--metrics: unknown metric 'f2' (did you mean 'f1'?)"),
         (["--metrics="], "--metrics: names no metric"),
         (["--labels=ham"], "--labels: expected two labels or more; got ham"),
-        (["--labels=ham,spma"], "sms.jsonl:1: --labels: the completion 'spam' is none of the"),
+        (["--labels=ham,spma"], "sms.jsonl:3: --labels: the completion 'spam' is none of the"),
         (["--temperature=1"], "--temperature: needs --metrics"),
         (["--metrics=f1", "--top_p=0"], "--top_p: expected a number > 0"),
         (["--metrics=f1", "--format=text"], "--format: 'text' has no prompt with an answer"),
@@ -106,3 +115,92 @@ def test_what_cannot_be_measured_is_refused(world, capsys, flags, told):
         words += [f"--data=text:{source}"]
     assert main([*words, *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_measures_its_answers_at_each_evaluation(world, tmp_path):
+    """As the model that comes out of it answers."""
+    _, rows, model = world
+    entry = {"source": world[0][2].removeprefix("--data="), "format": "completion"}
+    asked = {"metrics": ["chrf"], "labels": ["auto"], "max_new_tokens": 3, "answers": 4}
+    config = {
+        "model": {"path": str(model), "dtype": "float32"},
+        "peft": {"method": "full", "train": ["final_norm/scale"]},
+        "data": {"train": [entry], "eval": [entry], "seq_len": 64},
+        "batch_size": 4,
+        "total_steps": 1,
+        "optim": {"name": "adamw", "lr": 2e-2},
+        "eval": asked,
+        "mesh": {"data": 1, "fsdp": 1},
+        "log": {"tensorboard": False},
+    }
+    metrics = jaxtune.train(config, tmp_path / "run").summary["metrics"]
+    tuned = jaxtune.load(tmp_path / "run", dtype="float32")
+    prompts, wanted = ([row[name] for row in rows[:4]] for name in ("prompt", "completion"))
+    written = tuned.generate(prompts, max_new_tokens=3)
+    assert metrics["eval/chrf"] == pytest.approx(measure(["chrf"], written, wanted)["chrf"].whole)
+    table, truth = by_whole_logits(tuned, rows[:4])
+    logprobs = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
+    nll = -logprobs[np.arange(4), truth].mean()
+    assert metrics["eval/labels/nll"] == pytest.approx(nll, rel=1e-4)
+    assert metrics["eval/labels/accuracy"] == (table.argmax(axis=1) == truth).mean()
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"metrics": ["bleau"]}, r"eval.metrics: unknown metric 'bleau' \(did you mean 'bleu'"),
+        ({"max_new_tokens": 3}, "eval.max_new_tokens: needs eval.metrics"),
+        ({"labels": ["a", "b"], "max_new_tokens": 3}, "eval.max_new_tokens: needs eval.metrics"),
+    ],
+)
+def test_a_config_that_cannot_be_measured_is_refused(values, told):
+    with pytest.raises(RequestError, match=told):
+        resolve(minimal(values))
+
+
+def test_answers_need_prompts():
+    config = minimal({"labels": ["auto"]})
+    with pytest.raises(RequestError, match=r"eval.labels: needs prompts with answers.*'text'"):
+        resolve(config)
+    config["data"].pop("eval")
+    with pytest.raises(RequestError, match=r"eval.labels: needs evaluation data"):
+        resolve(config)
+
+
+def minimal(values: dict) -> dict:
+    entry = {"source": "jsonl:x", "format": "text"}
+    return {
+        "model": {"path": "MODEL_DIR"},
+        "data": {"train": [entry], "eval": [entry], "seq_len": 8},
+        "batch_size": 1,
+        "total_steps": 1,
+        "optim": {"lr": 1e-3},
+        "eval": values,
+    }
+
+
+@pytest.mark.slow
+def test_a_field_parts_the_figures(world, tmp_path, capsys):
+    """Each value's are those of its records alone, and the weights add up."""
+    words, rows, _ = world
+    parts = {"a": rows[:3], "7": rows[3:]}
+    whole = [{**row, "from": 7 if name == "7" else name} for name in parts for row in parts[name]]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    others = [word for word in words if not word.startswith("--data")]
+    asked = [*others, "--labels=ham,spam", "--batch_size=2"]
+    found = evaluated(capsys, [*asked, f"--data=jsonl:{tmp_path / 'all.jsonl'}", "--by=from"])
+    assert list(found["by"]) == ["a", "7"]
+    for name, some in parts.items():
+        (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+        alone = evaluated(capsys, [*asked, f"--data=jsonl:{tmp_path / 'one.jsonl'}"])
+        told = found["by"][name]
+        assert told["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+        assert told["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-5)
+        assert told["labels"]["confusion"] == alone["labels"]["confusion"]
+    tokens = [found["by"][name]["tokens"] for name in parts]
+    losses = [found["by"][name]["loss"] for name in parts]
+    assert sum(tokens) == found["tokens"]
+    assert np.average(losses, weights=tokens) == pytest.approx(found["loss"], rel=1e-5)
+    assert main([*asked, f"--data=jsonl:{tmp_path / 'all.jsonl'}", "--by=form"]) == 2
+    assert "all.jsonl:1: --by: the record has no field 'form' (did you" in capsys.readouterr().err
