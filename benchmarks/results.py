@@ -121,31 +121,6 @@ def config_of(
     } | more
 
 
-def classify(
-    lm: Any, pairs: Sequence[tuple[str, str]], choices: Sequence[str]
-) -> tuple[np.ndarray, float]:
-    """Scores every choice behind every prompt.
-
-    Returns:
-        bool [examples], whether the right completion is the most likely one, its log-probability
-        being the sum over its tokens, EOS included; and the mean loss a target token of the right
-        completions, nats.
-    """
-    rows, lengths = [], []
-    for prompt, _ in pairs:
-        for choice in choices:
-            rows.append([*lm.tokenizer.encode(prompt + choice), lm.tokenizer.eos_id])
-            lengths.append(len(choice) + 1)
-    scores = np.zeros(len(rows))
-    for found, values in scored(lm, rows):
-        scores[found] = values[-lengths[found] :].sum()
-    table = scores.reshape(len(pairs), len(choices))
-    right = np.array([choices.index(answer) for _, answer in pairs])
-    chosen = table[np.arange(len(pairs)), right]
-    targets = sum(len(answer) + 1 for _, answer in pairs)
-    return table.argmax(axis=1) == right, -float(chosen.sum() / targets)
-
-
 def scored(lm: Any, rows: Sequence[Sequence[int]], batch: int = 64) -> Iterable[tuple[int, Any]]:
     """Yields (index of a row, log-probabilities of its tokens from the second on)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -170,17 +145,21 @@ def stories_nll(lm: Any, texts: Sequence[str]) -> float:
 
 def measure(lm: Any, task: Task, held: Path, texts: Sequence[str], limit: int | None) -> Measured:
     """Returns a model's figures on the held-out part and on the stories."""
-    if task.choices:
-        pairs = task.held[:limit]
-        hits, loss = classify(lm, pairs, task.choices)
-        groups = [hits[[a == choice for _, a in pairs]] for choice in task.choices]
-        balanced = float(np.mean([group.mean() for group in groups if len(group)]))
-        return Measured(loss, float(hits.mean()), balanced, stories_nll(lm, texts))
-    from jaxtune.recipes import evaluate
+    from jaxtune.evaluate.labels import figures
+    from jaxtune.recipes import eval_data, evaluate, labelled
 
-    store = evaluate.open_one(lm, f"jsonl:{held}", "completion", None, "held")
+    entry = eval_data.Entry("held", f"jsonl:{held}", "completion", "held")
+    store = eval_data.open_one(lm, entry)
+    store = store if limit is None else store.head(limit)
     found = evaluate.measure(lm, store, 32).means()
-    return Measured(found["loss"], found["accuracy"], None, stories_nll(lm, texts))
+    if not task.choices:
+        return Measured(found["loss"], found["accuracy"], None, stories_nll(lm, texts))
+    questions = eval_data.questions_of(entry, lm.tokenizer, limit=limit)
+    labels = labelled.labels_of([c.strip() for c in task.choices], questions, "held")
+    table = labelled.label_scores(lm, questions, labels)
+    told = {n: f.whole for n, f in figures(table, labelled.truth_of(questions, labels)).items()}
+    balanced = told["balanced_accuracy"]
+    return Measured(found["loss"], told["accuracy"], balanced, stories_nll(lm, texts))
 
 
 def train_and_measure(

@@ -92,13 +92,13 @@ def margins(workdir: Path, pairs: Sequence[Pair], directory: Path) -> np.ndarray
     """
     import jaxtune
     from jaxtune.data.scored import scored_ids
-    from jaxtune.recipes.evaluate import open_one
+    from jaxtune.recipes.eval_data import Entry, open_one
 
     lm = jaxtune.load(workdir, dtype="float32")
     found = np.zeros(len(pairs))
     kept = [i for i, pair in enumerate(pairs) if comparable(pair)]
     source = write(directory / "scored.jsonl", pairs)
-    store = open_one(lm, source, "preference", SEQ, "data")
+    store = open_one(lm, Entry("pairs", source, "preference", "data", SEQ))
     if len(store) != len(kept):
         raise RuntimeError(f"{len(kept)} pairs became {len(store)}")
     texts = []

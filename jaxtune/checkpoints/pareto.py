@@ -9,6 +9,9 @@ from typing import Any
 
 PICKS = ("knee", "target", "retention")
 
+# Ends of the names of metrics that are better when they are larger.
+RISING = ("accuracy", "reward", "exact_match", "f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+
 Point = tuple[float, float]  # (of the target, of what is to be retained), both to fall
 Aims = tuple[str, str]  # names of the two metrics
 
@@ -59,8 +62,12 @@ def pick(points: Mapping[int, Point], how: str) -> int:
 
 
 def larger_is_better(metric: str) -> bool:
-    """Tells whether a metric is one to raise; losses and perplexities are to fall."""
-    return metric.endswith(("accuracy", "reward"))
+    """Tells whether a metric is one to raise; losses and perplexities are to fall.
+
+    >>> larger_is_better("eval/labels/macro_f1"), larger_is_better("eval/labels/nll")
+    (True, False)
+    """
+    return metric.endswith(RISING)
 
 
 def points_of(metrics: Mapping[int, Mapping[str, float] | None], aims: Aims) -> dict[int, Point]:

@@ -8,7 +8,7 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.core.places import is_remote, place
@@ -124,31 +124,6 @@ def positive(text: str) -> int:
 positive.__name__ = "integer"
 
 
-def add_sampling(parser: Parser, *, max_new_tokens: int, temperature: float) -> None:
-    """Adds the flags of drawing tokens, with these defaults of the two."""
-    parser.add_argument(
-        "--max_new_tokens", type=positive, default=max_new_tokens, help=f"({max_new_tokens})"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=temperature, help=f"0 is greedy ({temperature:g})"
-    )
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus (1)")
-    parser.add_argument("--top_k", type=int, default=0, help="0 is off (0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-
-
-def check_sampling(args: argparse.Namespace) -> None:
-    """Raises RequestError if a flag of `add_sampling` has a value that it cannot have."""
-    if not 0 <= args.temperature < math.inf:
-        raise RequestError(f"expected a number ≥ 0; got {args.temperature}", key="--temperature")
-    if not 0 < args.top_p <= 1:
-        raise RequestError(f"expected a number > 0 and ≤ 1; got {args.top_p}", key="--top_p")
-    for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
-        value = getattr(args, name)
-        if not 0 <= value <= most:
-            raise RequestError(f"expected an integer ≥ 0, ≤ {most}; got {value}", key=f"--{name}")
-
-
 def add_source(parser: Parser) -> None:
     """Adds --config, --workdir, --model and --adapter: what a verb reads a model from."""
     parser.add_argument("--config", metavar="FILE[:ARG]", help=CONFIG_HELP)
@@ -165,6 +140,53 @@ def add_distributed(parser: Parser) -> None:
         default="auto",
         help="the processes of the run: those of a cluster that is found, none, or as given (auto)",
     )
+
+
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+
+
+def add_sampling(parser: Parser, *, max_new_tokens: int, temperature: float = 0.0) -> None:
+    """Adds the flags of drawing tokens, None where they are not given.
+
+    Args:
+        parser: of the verb.
+        max_new_tokens, temperature: the defaults, for the help.
+    """
+    parser.add_argument(
+        "--max_new_tokens", type=positive, help=f"the most tokens of a text ({max_new_tokens})"
+    )
+    parser.add_argument("--temperature", type=float, help=f"0 is greedy ({temperature:g})")
+    parser.add_argument("--top_p", type=float, help="nucleus (1)")
+    parser.add_argument("--top_k", type=int, help="0 is off (0)")
+    parser.add_argument("--seed", type=int, help="of the sampling (0)")
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns those of the flags SAMPLING that the verb has and that were given.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    flags = {name: getattr(args, name, None) for name in SAMPLING}
+    given = {name: value for name, value in flags.items() if value is not None}
+    temperature, top_p = given.get("temperature", 0.0), given.get("top_p", 1.0)
+    if not 0 <= temperature < math.inf:
+        raise RequestError(f"expected a number ≥ 0; got {temperature}", key="--temperature")
+    if not 0 < top_p <= 1:
+        raise RequestError(f"expected a number > 0 and ≤ 1; got {top_p}", key="--top_p")
+    for name, most in (("top_k", 2**31 - 1), ("seed", 2**32 - 1)):
+        if not 0 <= given.get(name, 0) <= most:
+            raise RequestError(
+                f"expected an integer ≥ 0, ≤ {most}; got {given[name]}", key=f"--{name}"
+            )
+    if "" in given.get("stop", ()):
+        raise RequestError("a stop string must not be empty", key="--stop")
+    return given
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names of a list with commas, for argparse."""
+    return tuple(filter(None, (name.strip() for name in text.split(","))))
 
 
 def require_workdir(workdir: str | None, *, remote: bool = False) -> pathlib.Path:

@@ -1,24 +1,30 @@
-"""`jaxtune eval`: loss and perplexity of a model or run on data, and tasks."""
+"""`jaxtune eval`: loss and perplexity of a model or run on data, its answers, and tasks."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxtune.cli import arguments
 from jaxtune.core.errors import RequestError
+
+# What a figure with its interval holds; with "rise", the interval is that of the rise.
+FIGURES = ({"value", "low", "high"}, {"value", "rise", "low", "high"})
 
 
 def run(argv: Sequence[str]) -> int:
     """Runs the verb and returns its exit code."""
     parser = arguments.Parser(
         "eval",
-        "Measures loss and perplexity of a model on data, or runs tasks of lm-evaluation-harness.",
+        "Measures loss and perplexity of a model on data, and with --metrics or --labels what it "
+        "answers; or runs tasks of lm-evaluation-harness.",
         """jaxtune eval --model=runs/first --data=jsonl:FILE --format=chat --json
            jaxtune eval --workdir=runs/first
            jaxtune eval --model=runs/first --data=jsonl:FILE --format=chat --against=base
+           jaxtune eval --model=runs/first --data=jsonl:FILE --format=chat --metrics=exact_match,f1
+           jaxtune eval --model=runs/first --data=jsonl:FILE --format=completion --labels=auto
            jaxtune eval --model=MODEL_DIR --tasks=arc_easy --limit=100 --json""",
     )
     arguments.add_source(parser)
@@ -30,9 +36,36 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--against",
         metavar="DIR|base",
-        help="another model, or the run's own base: the rise of the loss, with its interval",
+        help="another model, or the run's own base: the rise of each figure, with its interval",
     )
-    parser.add_argument("--tasks", metavar="NAME,…", help="tasks of lm-evaluation-harness")
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,…",
+        type=arguments.names,
+        help="of what the model writes: exact_match, f1, bleu, chrf, rouge",
+    )
+    arguments.add_sampling(parser, max_new_tokens=256)
+    parser.add_argument("--stop", action="append", help="a string that ends a text")
+    parser.add_argument(
+        "--labels",
+        metavar="auto|NAME,…",
+        type=arguments.names,
+        help="completions to choose from, the likeliest counts; auto: all that the data has",
+    )
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="a server of OpenAI's protocol whose model grades the answers; with --against, it "
+        "compares them in both orders",
+    )
+    parser.add_argument("--judge_model", metavar="NAME", help="as the server knows it")
+    parser.add_argument("--judge_template", metavar="FILE", help="Jinja text of the request")
+    parser.add_argument(
+        "--by", metavar="FIELD", help="of the records: every figure for each of its values too"
+    )
+    parser.add_argument(
+        "--tasks", metavar="NAME,…", type=arguments.names, help="tasks of lm-evaluation-harness"
+    )
     parser.add_argument("--include_path", metavar="DIR", help="directory of more tasks")
     parser.add_argument("--limit", type=arguments.positive, help="examples of each source or task")
     arguments.add_distributed(parser)
@@ -70,7 +103,8 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
     given = {
         name: value
         for name, value in vars(args).items()
-        if value is not None and name not in ("config", "json", "distributed")
+        if value is not None
+        and name not in ("config", "json", "distributed", "tasks", *arguments.SAMPLING)
     }
     if args.model is not None and (config is not None or args.workdir is not None):
         raise RequestError("takes the place of --config and --workdir: give one", key="--model")
@@ -89,6 +123,15 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
         raise RequestError("needs --tasks=NAME", key="--include_path")
     if args.against is not None and args.tasks is not None and args.data is None:
         raise RequestError("compares losses: give --data=SOURCE", key="--against")
+    writing = arguments.sampling(args)
+    if writing and args.metrics is None and args.judge is None:
+        raise RequestError("needs --metrics=NAME", key=f"--{next(iter(writing))}")
+    for name in ("judge_model", "judge_template"):
+        if getattr(args, name) is not None and args.judge is None:
+            raise RequestError("needs --judge=URL", key=f"--{name}")
+    for name in ("metrics", "labels", "by", "judge"):
+        if getattr(args, name) is not None and args.tasks is not None and args.data is None:
+            raise RequestError("needs --data=SOURCE", key=f"--{name}")
     if args.data is not None:
         from jaxtune.recipes.schema_keys import EVAL_ENTRY
         from jaxtune.recipes.schema_values import check
@@ -97,8 +140,8 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
         check(source, args.data, "--data")
         check(format_, args.format, "--format")
     if args.tasks is not None:
-        given["tasks"] = tuple(filter(None, args.tasks.split(",")))
-    return given
+        given["tasks"] = args.tasks
+    return given | writing
 
 
 def _evaluate(options: dict[str, Any]) -> Mapping[str, Any]:
@@ -112,15 +155,25 @@ def _show(result: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table("", "", show_header=False)
-    for name, value in result.items():
-        if isinstance(value, Mapping):
-            for inner, metrics in value.items():
-                shown = metrics if isinstance(metrics, Mapping) else {"": metrics}
-                for metric, number in shown.items():
-                    table.add_row(f"{name}: {inner} {metric}".rstrip(), _number(number))
-        else:
-            table.add_row(name, _number(value))
+    for name, value in _flat(result):
+        table.add_row(name, _number(value))
     Console().print(table)
+
+
+def _flat(result: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields a line each; a figure with its interval is one."""
+    for name, value in result.items():
+        shown = f"{before}{name}"
+        if isinstance(value, Mapping) and set(value) in FIGURES:
+            ends = f"[{_number(value['low'])}, {_number(value['high'])}]"
+            rise = f", rise {_number(value['rise'])}" if "rise" in value else ""
+            yield shown, f"{_number(value['value'])}{rise} {ends}"
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{shown}: ")
+        elif name == "confusion":
+            continue  # by_label says it line by line
+        else:
+            yield shown, value
 
 
 def _number(value: Any) -> str:

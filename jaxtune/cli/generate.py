@@ -33,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print {prompt, completion} lines")
     parser.add_argument("--chat", action="store_true", help="talk; /reset forgets, /exit leaves")
     parser.add_argument("--system", metavar="TEXT", help="system message of the chat")
-    arguments.add_sampling(parser, max_new_tokens=64, temperature=0.0)
+    arguments.add_sampling(parser, max_new_tokens=64)
     parser.add_argument("--stop", action="append", help="a string that ends a completion")
     parser.add_argument(
         "--batch_size", type=arguments.positive, default=16, help="prompts at a time (16)"
@@ -46,10 +46,7 @@ def run(argv: Sequence[str]) -> int:
     _check(args)
     found = source.find(split, args)
     prompts = _prompts(args)
-    options = {
-        name: getattr(args, name)
-        for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-    }
+    options = arguments.sampling(args)
 
     from jaxtune.recipes.language_model import load
 
@@ -74,7 +71,6 @@ def _check(args: argparse.Namespace) -> None:
         raise RequestError("has no output file", key="--chat")
     if args.system is not None and not args.chat:
         raise RequestError("needs --chat", key="--system")
-    arguments.check_sampling(args)
     if args.out is not None:
         out = pathlib.Path(args.out).absolute()
         if not out.parent.is_dir():

@@ -40,14 +40,15 @@ def run(argv: Sequence[str]) -> int:
     for name in ("model", "out"):
         if getattr(args, name) is None:
             raise RequestError("is missing", key=f"--{name}")
-    arguments.check_sampling(args)
+    sampling = arguments.sampling(args)
 
     from rich.console import Console
 
     from jaxtune.recipes.replay import write_replay
 
-    options = {name: value for name, value in vars(args).items() if name != "json"}
-    report = write_replay(**options, console=Console(file=sys.stderr))
+    others = ("json", *arguments.SAMPLING)
+    options = {name: value for name, value in vars(args).items() if name not in others}
+    report = write_replay(**options, **sampling, console=Console(file=sys.stderr))
     if args.json:
         print(json.dumps(report))
     else:

@@ -14,7 +14,7 @@ from jaxtune.core.tree import Tree
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
-from jaxtune.evaluate.bootstrap import Interval, paired
+from jaxtune.evaluate.bootstrap import mean_of, paired
 from jaxtune.models import decoder
 from jaxtune.objectives.distill import forward_kl, token_divergences
 from jaxtune.parallel.batches import global_batch
@@ -39,7 +39,7 @@ def compare(
     Raises:
         RequestError: the models do not read the same tokens.
     """
-    if lm.config.vocab_size != base.config.vocab_size or lm.method.num_virtual:
+    if not comparable(lm, base):
         raise RequestError(
             "must have the same vocabulary, and the model no virtual tokens, to be compared token "
             "by token",
@@ -47,15 +47,20 @@ def compare(
         )
     parts = [measured(lm, base, store, batch_size) for store in stores.values()]
     ours, theirs, apart, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
-    found: Interval = paired(ours, theirs, weights)
+    found = paired(mean_of(ours, weights), mean_of(theirs, weights))
     total = weights.sum()
     return {
         "loss": float(theirs.sum() / total),
-        "rise": found.difference,
+        "rise": found.value,
         "low": found.low,
         "high": found.high,
         "kl": float(apart.sum() / total),
     }
+
+
+def comparable(lm: LanguageModel, base: LanguageModel) -> bool:
+    """Tells whether two models can be compared token by token."""
+    return lm.config.vocab_size == base.config.vocab_size and not lm.method.num_virtual
 
 
 def measured(

@@ -28,6 +28,7 @@ from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, branched, positions_left
 from jaxtune.recipes.heads import heads_of
+from jaxtune.recipes.held_texts import HeldTexts, open_texts
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
@@ -61,6 +62,7 @@ class Plan:
         layout: where the state lies.
         step, evaluation: jitted functions; no evaluation where the objective measures no loss.
         retention: what is measured of what the run retains, or None.
+        texts: what it writes to held-out prompts and which labels it chooses, or None.
     """
 
     config: Any
@@ -76,6 +78,7 @@ class Plan:
     step: Callable
     evaluation: Callable | None
     retention: Retention | None = None
+    texts: HeldTexts | None = None
 
     @property
     def objective(self) -> Objective:
@@ -120,7 +123,10 @@ class Plan:
 
     def evaluate(self, trainable: Tree, frozen: Tree) -> dict[str, float]:
         """Returns the `eval/…` metrics of the objective; none without held-out data."""
-        return self.objective.evaluate(self, trainable, frozen) if self.data.evals else {}
+        if not self.data.evals:
+            return {}
+        found = self.objective.evaluate(self, trainable, frozen)
+        return found if self.texts is None else found | self.texts.measure(self, trainable, frozen)
 
 
 def build(config: Any) -> Plan:
@@ -298,6 +304,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         step=jit_step(step, layout),
         evaluation=evaluation,
         retention=open_retention(config, parts, layout, base.tokenizer),
+        texts=None if data.stream is None else open_texts(config, base, parts.method.num_virtual),
     )
 
 

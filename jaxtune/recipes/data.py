@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.columns import BRANCHED
+from jaxtune.data.parts import parts_of
 from jaxtune.data.review import review
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
@@ -32,6 +33,8 @@ class Data:
         budget: how many steps.
         warmup_steps: learning-rate warm-up in steps.
         evals: {name: tokenised held-out source}.
+        parts: {name: {value of a field: which of its examples have it, int64 [examples]}}, of
+            held-out sources that are parted.
         mismatched: of an objective that needs them, prompts with completions of other prompts, in
             the order of `stream` and `evals`.
         teacher: what a teacher says of the targets, a `teacher_data.TopK`, where it is on disk.
@@ -43,6 +46,7 @@ class Data:
     evals: dict[str, TokenStore | SharedStore]
     mismatched: Data | None = None
     teacher: Any = None
+    parts: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def review(self) -> list[dict[str, Any]]:
         """Returns what `data.review` says of each training source, in order.
@@ -147,6 +151,14 @@ def open_data(
         )
         for i, entry in enumerate(data.eval)
     }
+    parts = {
+        entry.name: {
+            value: part.chosen
+            for value, part in parts_of(evals[entry.name], entry.by, f"data.eval[{i}].by").items()
+        }
+        for i, entry in enumerate(data.eval)
+        if entry.by is not None
+    }
     for i, store in enumerate(stores):
         if len(store) == 0:
             raise RequestError("no example is left", key=f"data.train[{i}]")
@@ -161,7 +173,7 @@ def open_data(
     )
     duration = {name: config[name] for name in DURATIONS if name in config}
     budget = stream.budget(batch_size=config.batch_size, **duration)
-    return Data(stream, budget, warmup_steps(config, stream, budget), evals)
+    return Data(stream, budget, warmup_steps(config, stream, budget), evals, parts=parts)
 
 
 def warmup_steps(config: Any, stream: Stream, budget: Budget) -> int:

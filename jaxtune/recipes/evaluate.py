@@ -13,30 +13,28 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.places import place
 from jaxtune.core.tree import partition
 from jaxtune.data.batches import eval_batches
-from jaxtune.data.columns import BRANCHED
-from jaxtune.data.shares import SharedStore, tokenize_shared
-from jaxtune.data.sources import open_source
+from jaxtune.data.parts import Part, by_key, parts_of
+from jaxtune.data.questions import Question
+from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
-from jaxtune.recipes import harness
-from jaxtune.recipes.against import compare
+from jaxtune.recipes import harness, judged
+from jaxtune.recipes.against import comparable, compare
 from jaxtune.recipes.base import is_run
-from jaxtune.recipes.data import positions_left
+from jaxtune.recipes.eval_data import PAIRS, Entry, entries_of, open_one, questions_of
 from jaxtune.recipes.evaluate_pairs import pair_loss
+from jaxtune.recipes.judge import COMPARING, GRADING, open_judge
 from jaxtune.recipes.language_model import LanguageModel, load
-from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.rows import alone
 from jaxtune.recipes.schema import resolve
-from jaxtune.recipes.schema_formats import FORMATS_OF
 from jaxtune.recipes.sft import sft_loss
+from jaxtune.recipes.text_figures import Found, measure_texts, texts_asked
 from jaxtune.training.workdir import read_json
 
 BASE = "base"  # what a run was tuned from
-PAIRS = "preference"  # the format of data with two completions of each prompt
-ANY_LENGTH = 2**31 - 1  # of rows that hold several texts
 
 
 def evaluate(
@@ -54,10 +52,18 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     include_path: str | None = None,
     against: str | Path | None = None,
+    metrics: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    by: str | None = None,
+    judge: str | None = None,
+    judge_model: str | None = None,
+    judge_template: str | None = None,
+    **writing: Any,
 ) -> dict[str, Any]:
     """Returns {"loss", "perplexity", "tokens", "examples", "accuracy", "tasks"}.
 
-    On pairs there is no perplexity, and more is told of them; see `evaluate_pairs.pair_loss`.
+    On pairs there is no perplexity, and more is told of them; see `evaluate_pairs.pair_loss`. Of
+    several sources "sources" has the same of each.
 
     With `tasks` and without `data`, only "tasks" is there: {name: {metric: value}}.
 
@@ -72,14 +78,27 @@ def evaluate(
         dtype: "bfloat16" or "float32"; by default the run's, or bfloat16.
         limit: the first so many examples of each source and task.
         against: another model, or BASE for the run's own; "against" then tells the difference,
-            see `against.compare`.
+            see `against.compare`, of metrics and labels too.
         tasks, include_path: tasks of lm-evaluation-harness, and a directory with more of them.
+        metrics: names in `text_metrics.METRICS`; "metrics" then says how near what the model writes
+            is to the completions, see `answers.told`.
+        labels: the completions to choose from, or ("auto",); "labels" then says how well the model
+            chooses, see `text_figures.Found`.
+        by: a field of the records, by default the run's; "by" then has the figures of each of its
+            values.
+        judge: URL of a server whose `judge_model` judges what the model writes, by the request that
+            the file `judge_template` holds; "judge" then has its grades, or with `against` the rate
+            of wins; see `recipes.judged`.
+        writing: fields of `answers.Writing`, for `metrics` and `judge`.
 
     Raises:
-        RequestError: no model, no data, no such task, or what cannot be read.
+        RequestError: no model, no data, no such task or metric, or what cannot be read.
     """
     # A wrong name is known before a model is loaded.
     asked = None if tasks is None else harness.find_tasks(tasks, include_path)
+    kind = GRADING if against is None else COMPARING
+    opened = judge and open_judge(judge, judge_model, judge_template, kind)
+    texts = texts_asked(metrics, labels, opened, writing)
     where = workdir if model is None else model
     if where is None:
         raise RequestError("needs the --workdir of a run, or --model", key="--config")
@@ -88,49 +107,99 @@ def evaluate(
         dtype = "bfloat16" if run is None else run.model.dtype
     mesh = None
     if jax.process_count() > 1:
-        if asked is not None:
-            raise RequestError("run in one process; give --distributed=none", key="--tasks")
+        for key, given in (
+            ("--tasks", asked),
+            ("--metrics", metrics),
+            ("--labels", labels),
+            ("--judge", judge),
+        ):
+            if given is not None:
+                raise RequestError("run in one process; give --distributed=none", key=key)
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
-    if asked is not None and not lm.config.lm_head:
+    if (asked is not None or texts is not None) and not lm.config.lm_head:
         raise RequestError("is a reward model, which has no logits for tasks", where=lm.source)
     measured = {}
     if asked is not None:
         measured = harness.run_tasks(lm, asked, limit=limit, batch_size=batch_size)
         if data is None:
             return {"tasks": measured}
-    if data is not None:
-        stores = {data: open_one(lm, data, format, seq_len, "--data")}
-    elif run is not None and OBJECTIVES[run.objective.name].held_out is None:
-        raise RequestError(
-            f"a run of {run.objective.name} measures rewards while it trains (eval/reward); for a "
-            "loss give --data and --format",
-            key="--data",
-        )
-    elif run is not None and run.data.eval:
-        stores = {
-            entry.name: open_one(
-                lm, entry.source, entry.format, run.data.seq_len, "data.eval", run.data.overlong
-            )
-            for entry in run.data.eval
-        }
-    else:
-        raise RequestError("the run has no data.eval; give --data and --format", key="--data")
+    size = batch_size or 8
+    entries = entries_of(run, data, format, seq_len, by)
+    stores = {entry.name: open_one(lm, entry) for entry in entries}
     if limit is not None:
         stores = {name: store.head(limit) for name, store in stores.items()}
-    results = {name: measure(lm, store, batch_size or 8, run) for name, store in stores.items()}
+    found, questions = None, {}
+    if texts is not None:
+        questions = asked_of(lm, entries, limit)
+        found = measure_texts(lm, questions, texts, size)
+    every = [question for some in questions.values() for question in some]
+    results = {}
+    for entry in entries:
+        store = stores[entry.name]
+        parts = {"": store}
+        if entry.by is not None:
+            parts = parts_of(store, entry.by, by_key(entry.key))
+        for value, part in parts.items():
+            results[entry.name, value] = measure(lm, part, size, run, width_of(lm, store))
     total = functools.reduce(Sums.__add__, results.values())
     report = {
         **total.means(),
         "examples": sum(len(store) for store in stores.values()),
         "tasks": measured,
     }
+    if found is not None:
+        report |= found.report()
     if against is not None:
         other = base_of(lm, against, dtype)
-        report["against"] = compare(lm, other, stores, batch_size or 8)
-    if len(results) > 1:
-        report["sources"] = {name: result.means() for name, result in results.items()}
+        report["against"] = {}
+        if found is None or comparable(lm, other):
+            report["against"] = compare(lm, other, stores, size)
+        if found is not None:
+            theirs = asked_of(other, entries, limit)
+            if sum(map(len, theirs.values())) != len(every):
+                raise RequestError("leaves out other examples as too long", key="--against")
+            others = measure_texts(other, theirs, texts, size, found.names)
+            report["against"] |= found.compared(others)
+            if opened:
+                report["judge"] = judged.compare(opened, every, found.texts, others.texts)
+    elif opened:
+        report["judge"] = judged.grade(opened, every, found.texts)
+    if len(stores) > 1:
+        report["sources"] = pooled(results, 0, found)
+    if any(entry.by is not None for entry in entries):
+        report["by"] = pooled(results, 1, found)
     return report
+
+
+def pooled(
+    results: Mapping[tuple[str, str], Sums], place: int, found: Found | None
+) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each source (place 0), or of each value of a field (place 1).
+
+    Args:
+        results: {(source, value): what was measured there}.
+        place: which of the two.
+        found: what was measured in texts, or None.
+    """
+    sums: dict[str, Sums] = {}
+    for names, result in results.items():
+        name = names[place]
+        if name:  # a source that is not parted has no value
+            sums[name] = sums[name] + result if name in sums else result
+    figures = {name: result.means() for name, result in sums.items()}
+    if found is None:
+        return figures
+    part = (lambda name: found.part(name)) if place == 0 else (lambda name: found.part(None, name))
+    return {name: own | part(name).report() for name, own in figures.items()}
+
+
+def asked_of(
+    lm: LanguageModel, entries: Sequence[Entry], limit: int | None
+) -> dict[str, list[Question]]:
+    """Returns the questions of sources in ids of a model's tokenizer."""
+    virtual = lm.method.num_virtual
+    return {e.name: questions_of(e, lm.tokenizer, virtual, limit) for e in entries}
 
 
 def base_of(lm: LanguageModel, against: str | Path, dtype: str) -> LanguageModel:
@@ -153,59 +222,32 @@ def run_config(where: Path, config: Mapping[str, Any] | None) -> Any:
     return resolve(raw) if "objective" in raw else None
 
 
-def open_one(
-    lm: LanguageModel,
-    source: str,
-    format: str,
-    seq_len: int | None,
-    key: str,
-    overlong: str = "error",
-) -> TokenStore | SharedStore:
-    """Returns the tokenised source; without `seq_len`, rows may be as long as the model allows."""
-    if lm.tokenizer is None and format != "tokens":
-        raise RequestError(f"format {format!r} needs a tokenizer", where=lm.source)
-    scorer = not lm.config.lm_head
-    known = FORMATS_OF["reward"] if scorer else (*FORMATS_OF["sft"], PAIRS)
-    if format not in known:
-        reads = "a reward model reads" if scorer else "what has a loss to measure is"
-        raise RequestError(
-            f"{format!r} cannot be measured: {reads} {', '.join(known)}",
-            key="--format" if key == "--data" else f"{key}.format",
-        )
-    context = positions_left(lm.config, lm.method)
-    longest = ANY_LENGTH if format in BRANCHED else context
-    count = jax.process_count()
-    return tokenize_shared(
-        open_source(source, key=key, lazily=count > 1),
-        format,
-        lm.tokenizer,
-        count=count,
-        index=jax.process_index(),
-        seq_len=longest if seq_len is None else seq_len,
-        overlong=overlong,
-        num_virtual=lm.method.num_virtual,
-        vocab_size=lm.config.vocab_size,
-        key=key,
-        context=context,
-    )
+def width_of(lm: LanguageModel, store: TokenStore | SharedStore | Part) -> int:
+    """Returns the tokens of a row that holds the longest example of a source."""
+    if len(store) == 0:
+        raise RequestError("no example is left to evaluate")
+    return -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
 
 
 def measure(
-    lm: LanguageModel, store: TokenStore | SharedStore, batch_size: int, run: Any = None
+    lm: LanguageModel,
+    store: TokenStore | SharedStore | Part,
+    batch_size: int,
+    run: Any = None,
+    width: int | None = None,
 ) -> Sums:
-    """Returns the sums over one source; rows are as long as its longest example.
+    """Returns the sums over one source, or a part of it.
 
     Args:
         lm: the model.
         store: the source.
         batch_size: rows at a time.
         run: resolved config of the run that the model comes from, or None.
+        width: tokens of a row; None: as many as the longest example needs.
     """
-    if len(store) == 0:
-        raise RequestError("no example is left to evaluate")
+    width = width_of(lm, store) if width is None else width
     shards = batch_shards(lm.mesh)
     size = -(-batch_size // shards) * shards
-    width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
     facts = alone([store], shards, width, lm.method.num_virtual)
     nothing, held = partition(lm.params, lm.params, lambda _: False)
     scorer, paired = not lm.config.lm_head, store.format == PAIRS

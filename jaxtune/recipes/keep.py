@@ -44,23 +44,47 @@ def keep_of(config: Any, parts: Parts, shards: int) -> Keep | None:
             "peft.method = 'lora' without init_from; use retention.l2sp or retention.ewc",
             key="retention.kl",
         )
-    model, temperature = parts.config, config.retention.kl_temperature
+    temperature = config.retention.kl_temperature
 
     def keep(
         params: Tree, batch: dict[str, jax.Array], found: Predictions, key: jax.Array | None
     ) -> Weighted:
-        base = jax.lax.stop_gradient(base_of(model, params))
-        inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
-        hidden = predicting_states(model, BASE, base, inputs).states
-        apart = token_divergences(
-            forward_kl,
-            (functools.partial(decoder.logits, model, parts.method, params, key=key), found.hidden),
-            (functools.partial(decoder.logits, model, BASE, base), hidden),
-            model.vocab_size,
-            temperature=temperature,
-            shards=shards,
-            pieces=sequence_shards(),
-        )
+        apart = from_base(parts, params, batch, found, shards, key, temperature)
         return distillation_loss(apart, found.batch["loss_mask"], strength * temperature**2)
 
     return keep
+
+
+def from_base(
+    parts: Parts,
+    params: Tree,
+    batch: dict[str, jax.Array],
+    found: Predictions,
+    shards: int,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Returns KL(base‖model) of the next token, float32 [B, T], at the places of `found`.
+
+    Args:
+        parts: the model, whose base stays whole.
+        params: its parameters with the method's.
+        batch: arrays [B, T].
+        found: what the model says of it.
+        shards: over how many devices the rows of a batch are spread.
+        key: dropout key, or None.
+        temperature: divides both models' logits.
+    """
+    model = parts.config
+    base = jax.lax.stop_gradient(base_of(model, params))
+    inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
+    hidden = predicting_states(model, BASE, base, inputs).states
+    return token_divergences(
+        forward_kl,
+        (functools.partial(decoder.logits, model, parts.method, params, key=key), found.hidden),
+        (functools.partial(decoder.logits, model, BASE, base), hidden),
+        model.vocab_size,
+        temperature=temperature,
+        shards=shards,
+        pieces=sequence_shards(),
+    )

@@ -1,4 +1,4 @@
-"""What a run retains: the loss on data that it is not trained on, against its start."""
+"""What a run retains of data and tasks that it is not trained on, against its start."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from jaxtune.core.tree import Tree
 from jaxtune.data.batches import eval_batches
 from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
+from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.evaluate.loss import Sums, loss_sums
 from jaxtune.parallel.batches import Rows, held_rows
 from jaxtune.parallel.mesh import batch_shards
@@ -25,7 +26,14 @@ from jaxtune.parallel.processes import is_writer
 from jaxtune.recipes.assemble import TEACHER, Parts
 from jaxtune.recipes.data import open_store, positions_left
 from jaxtune.recipes.fisher import diagonal
+from jaxtune.recipes.live import live_model
+from jaxtune.recipes.reference import adapters_off
+from jaxtune.recipes.retained_tasks import Hits, Task, accuracies, drops, open_tasks
+from jaxtune.recipes.retention_kl import KL as KL_OF_TEXT
+from jaxtune.recipes.retention_kl import loss_with_kl, tops_of
+from jaxtune.recipes.schema_retention import METRICS_OF
 from jaxtune.recipes.sft import sft_loss
+from jaxtune.recipes.teacher_data import ROWS, TopK
 from jaxtune.training.compile import Layout, jit_evaluation
 from jaxtune.training.step import Batch, SumLoss
 from jaxtune.training.workdir import read_json, write_json
@@ -36,24 +44,48 @@ Metrics = dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
+class Kept:
+    """What was measured of what a run retains, at one moment.
+
+    Attributes:
+        metrics: `retention/nll`, `retention/kl`, `retention/accuracy`, as far as they are asked
+            for, and those of each of several sources.
+        hits: {task: float64 [examples], 1 where the model was right}.
+    """
+
+    metrics: Metrics
+    hits: Hits = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
 class Retention:
     """What a run measures of what it retains.
 
     Attributes:
         settings: the resolved config.
+        parts: the model.
         layout: where the parameters lie.
-        num_virtual: prompt-tuning slots before each example.
+        tokenizer: of the run.
         stores: {name: tokenised source}.
+        tasks: {name: task}.
         loss: the next-token loss.
-        evaluation: the same, jitted: (trainable, frozen, batch) → sums.
+        evaluation: the same, jitted, with the KL where it is asked for: (trainable, frozen, batch)
+            → sums.
+        tops: where the KL is that of the start's likeliest tokens, what they are; see
+            `retention_kl`.
+        numbered: {name: source that numbers the entries of `tops`}.
     """
 
     settings: Any
+    parts: Parts
     layout: Layout
-    num_virtual: int
+    tokenizer: Tokenizer | None
     stores: dict[str, TokenStore | SharedStore]
+    tasks: dict[str, Task]
     loss: SumLoss
     evaluation: Callable
+    tops: TopK | None = None
+    numbered: dict[str, TokenStore | SharedStore] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> Rows | None:
@@ -65,24 +97,55 @@ class Retention:
         """Yields the examples of a source, one a row."""
         size, length = self.settings.eval.batch_size, self.settings.data.seq_len
         chosen = slice(None) if self.rows is None else self.rows.held
-        return eval_batches(store, size, length, self.num_virtual, chosen)
+        return eval_batches(store, size, length, self.parts.method.num_virtual, chosen)
 
-    def measure(self, trainable: Tree, frozen: Tree) -> Metrics:
-        """Returns `retention/nll`, nats a token over all sources, and that of each of several."""
-        mesh = self.layout.mesh
-        found = {
-            name: loss_sums(
-                self.evaluation, trainable, frozen, self.batches(store), mesh, self.rows
-            )
-            for name, store in self.stores.items()
-        }
-        whole = functools.reduce(Sums.__add__, found.values())
-        named = {f"retention/{n}/nll": s.means()["loss"] for n, s in found.items()}
-        return {NLL: whole.means()["loss"]} | (named if len(named) > 1 else {})
+    def measure(self, trainable: Tree, frozen: Tree) -> Kept:
+        """Returns what is kept: of text nats a token over all sources, of tasks the accuracy."""
+        metrics: Metrics = {}
+        if self.stores:
+            found = {name: self.text(name, trainable, frozen) for name in self.stores}
+            whole = functools.reduce(Sums.__add__, found.values())
+            metrics = text_metrics("", whole)
+            for name, own in found.items() if len(found) > 1 else ():
+                metrics |= text_metrics(f"{name}/", own)
+        if not self.tasks:
+            return Kept(metrics)
+        lm = live_model(self.tokenizer, self.parts, self.layout.mesh, trainable, frozen)
+        size, most = self.settings.eval.batch_size, self.settings.eval.max_new_tokens
+        hits = {name: task.hits(lm, most, size) for name, task in self.tasks.items()}
+        return Kept(metrics | accuracies(hits), hits)
+
+    def text(self, name: str, trainable: Tree, frozen: Tree) -> Sums:
+        """Returns the sums over one source."""
+        batches = self.batches(self.numbered.get(name, self.stores[name]))
+        if self.tops is not None:
+            batches = map(self.tops.put, batches)
+        return loss_sums(self.evaluation, trainable, frozen, batches, self.layout.mesh, self.rows)
+
+    def with_start(self, start: Callable[[], tuple[Tree, Tree]]) -> Retention:
+        """Returns what can be measured against the start of the run.
+
+        Args:
+            start: gives the parameters at step 0; called only if they are needed.
+        """
+        if not (self.settings.retention.measure_kl and self.needs_tops):
+            return self
+        size, length = self.settings.eval.batch_size, self.settings.data.seq_len
+        stores = list(self.stores.values())
+        tops, flats = tops_of(self.parts, self.layout, stores, size, length, start())
+        pairs = zip(self.stores.items(), flats, strict=True)
+        numbered = {name: store.with_column(ROWS, flat) for (name, store), flat in pairs}
+        return dataclasses.replace(self, tops=tops, numbered=numbered)
+
+    @property
+    def needs_tops(self) -> bool:
+        """Whether the start of the run is not the base of its parameters."""
+        return not adapters_off(self.parts, self.settings.peft.get("init_from"))
 
     def fingerprint(self) -> str:
         """Returns a hash of the data."""
         told = " ".join(f"{name}:{store.fingerprint()}" for name, store in self.stores.items())
+        told += "".join(f" task {name}:{task.fingerprint()}" for name, task in self.tasks.items())
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def importance(self, trainable: Tree, frozen: Tree) -> Tree:
@@ -97,10 +160,19 @@ class Retention:
 
     def gate(self, metrics: Metrics) -> str | None:
         """Returns why a run with these metrics may not go on, or None."""
-        rise, bound = metrics.get(RISE), self.settings.retention.max_rise
-        if bound is None or rise is None or rise <= bound:
-            return None
-        return f"{NLL} rose by {rise:.4g}, more than retention.max_rise = {bound:g}"
+        for key, name in METRICS_OF.items():
+            value, bound = metrics.get(name), self.settings.retention[key]
+            if bound is not None and value is not None and not value <= bound:
+                verb = f"{NLL} rose by" if name == RISE else f"{name} is"
+                return f"{verb} {value:.4g}, more than retention.{key} = {bound:g}"
+        return None
+
+
+def text_metrics(name: str, found: Sums) -> Metrics:
+    """Returns the metrics of a source, or of all under the name ""."""
+    means = found.means()
+    kl = {f"retention/{name}kl": means[KL_OF_TEXT]} if KL_OF_TEXT in means else {}
+    return {f"retention/{name}nll": means["loss"]} | kl
 
 
 def open_retention(config: Any, parts: Parts, layout: Layout, tokenizer: Any) -> Retention | None:
@@ -109,33 +181,46 @@ def open_retention(config: Any, parts: Parts, layout: Layout, tokenizer: Any) ->
     Raises:
         RequestError: see `recipes.data.open_store`.
     """
-    if not config.retention.data:
+    settings = config.retention
+    if not (settings.data or settings.tasks):
         return None
+    virtual = parts.method.num_virtual
     stores = {
         entry.name: open_store(
             entry,
             config.data,
             tokenizer,
             parts.config.vocab_size,
-            parts.method.num_virtual,
+            virtual,
             f"retention.data[{i}]",
             context=positions_left(parts.config, parts.method),
         )
-        for i, entry in enumerate(config.retention.data)
+        for i, entry in enumerate(settings.data)
     }
-    alone = sft_loss(parts.config, parts.method, batch_shards(layout.mesh))
+    shards = batch_shards(layout.mesh)
+    loss = without_teacher(sft_loss(parts.config, parts.method, shards))
+    measured = loss
+    if settings.measure_kl:
+        whole = adapters_off(parts, config.peft.get("init_from"))
+        measured = without_teacher(loss_with_kl(parts, shards, whole))
+    evaluation = jit_evaluation(lambda t, f, batch: measured(t, f, batch, None), layout)
+    tasks = open_tasks(config, tokenizer, virtual)
+    return Retention(config, parts, layout, tokenizer, stores, tasks, loss, evaluation)
 
-    def loss(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> Any:
+
+def without_teacher(loss: SumLoss) -> SumLoss:
+    """Returns a loss that is given a teacher's parameters too, and leaves them out."""
+
+    def own(trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None) -> Any:
         student = {node: leaves for node, leaves in frozen.items() if node != TEACHER}
-        return alone(trainable, student, batch, key)
+        return loss(trainable, student, batch, key)
 
-    evaluation = jit_evaluation(lambda t, f, batch: loss(t, f, batch, None), layout)
-    return Retention(config, layout, parts.method.num_virtual, stores, loss, evaluation)
+    return own
 
 
 def begin(
-    retention: Retention, workdir: Path, step: int, measure: Callable[[], Metrics]
-) -> tuple[Metrics, bool]:
+    retention: Retention, workdir: Path, step: int, measure: Callable[[], Kept]
+) -> tuple[Kept, bool]:
     """Returns (what was measured before the first step, whether that was now).
 
     Args:
@@ -150,24 +235,30 @@ def begin(
     path = workdir / FILE
     known = read_json(path) if path.is_file() else {}
     if known.get("data") == retention.fingerprint():
-        return known["before"], False
+        hits = {name: np.array(own, np.float64) for name, own in known.get("hits", {}).items()}
+        return Kept(known["before"], hits), False
     if step:
         raise RequestError(
-            "the loss before the run is not known for this retention.data: it was measured at the "
-            "start only; restore the data, or begin in another --workdir",
+            "what the run retained before its start is not known for this retention.data and "
+            "retention.tasks: it was measured then only; restore them, or begin in another "
+            "--workdir",
             key="retention.data",
             where=path,
         )
     before = measure()
     if is_writer():
-        write_json(path, {"data": retention.fingerprint(), "before": before})
+        hits = {name: own.astype(int).tolist() for name, own in before.hits.items()}
+        told = {"data": retention.fingerprint(), "before": before.metrics}
+        write_json(path, told | ({"hits": hits} if hits else {}))
     return before, True
 
 
-def against(before: Metrics, now: Metrics) -> Metrics:
-    """Returns the metrics with the rise of each loss.
+def against(before: Kept, now: Kept) -> Metrics:
+    """Returns the metrics with the rise of each loss and the drop of each accuracy.
 
-    >>> against({"retention/nll": 1.0}, {"retention/nll": 1.5})
+    >>> against(Kept({"retention/nll": 1.0}), Kept({"retention/nll": 1.5}))
     {'retention/nll': 1.5, 'retention/nll_rise': 0.5}
     """
-    return now | {f"{name}_rise": value - before[name] for name, value in now.items()}
+    old = before.metrics
+    rises = {f"{n}_rise": v - old[n] for n, v in now.metrics.items() if n.endswith("/nll")}
+    return now.metrics | rises | (drops(before.hits, now.hits) if now.hits else {})

@@ -6,6 +6,7 @@ it, and the reference page of the documentation is written from it.
 
 from __future__ import annotations
 
+from jaxtune.recipes.schema_eval import EVAL_KEYS
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
 from jaxtune.recipes.schema_objective import OBJECTIVE
 from jaxtune.recipes.schema_retention import retention_keys
@@ -73,6 +74,16 @@ EVAL_ENTRY = (
     _SOURCE,
     _FORMAT,
     Key("name", "text", None, "name in the metrics; by default from the source", optional=True),
+)
+HELD_ENTRY = (
+    *EVAL_ENTRY,
+    Key(
+        "by",
+        "text",
+        None,
+        "field of the records: the metrics of each of its values too, as eval/NAME/VALUE/…",
+        optional=True,
+    ),
 )
 
 _MODEL = (
@@ -247,7 +258,7 @@ _PEFT = (
 
 _DATA = (
     Key("data.train", "entries", REQUIRED, "sources of training examples", entry=TRAIN_ENTRY),
-    Key("data.eval", "entries", (), "sources of held-out examples", entry=EVAL_ENTRY),
+    Key("data.eval", "entries", (), "sources of held-out examples", entry=HELD_ENTRY),
     Key("data.seq_len", "int", REQUIRED, "tokens in a row", low=2),
     Key("data.packing", "bool", False, "several examples in a row, with segment ids"),
     Key("data.shuffle", "bool", True, "a new order in each epoch"),
@@ -423,15 +434,7 @@ _RUN = (
         optional=True,
     ),
     Key("checkpoint.async_save", "bool", True, "write while training goes on"),
-    Key("eval.every_steps", "int", None, "None: only at the end", low=1, optional=True),
-    Key(
-        "eval.batch_size",
-        "int",
-        None,
-        "None: batch_size, where there is evaluation data",
-        low=1,
-        optional=True,
-    ),
+    *EVAL_KEYS,
     Key("log.every_steps", "int", 10, "steps between two rows of metrics.jsonl", low=1),
     Key(
         "log.samples",

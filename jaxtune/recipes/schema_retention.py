@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtune.core.errors import RequestError
+from jaxtune.data.questions import FORMATS
 from jaxtune.recipes.schema_key import Key
 
 # Objectives that give each target token a log-probability, and have no KL of their own.
 SCORED = ("sft", "pretrain", "dpo", "orpo", "simpo", "cpo")
+
+# {key of `retention`: the metric that it bounds}
+METRICS_OF = {
+    "max_rise": "retention/nll_rise",
+    "max_kl": "retention/kl",
+    "max_drop": "retention/accuracy_drop",
+}
+# {key that bounds what is measured: what it needs}
+BOUNDS = {
+    "retention.max_rise": "retention.data",
+    "retention.max_kl": "retention.measure_kl",
+    "retention.max_drop": "retention.tasks",
+}
 
 
 def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
@@ -19,6 +37,28 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             entry=entry,
         ),
         Key(
+            "retention.tasks",
+            "entries",
+            (),
+            "tasks whose accuracy is to be retained, measured at the same times",
+            entry=(
+                *entry,
+                Key(
+                    "labels",
+                    "texts",
+                    (),
+                    "completions to choose from, ['auto'] for all that the source has; none: the "
+                    "model writes, and its answer is to match",
+                ),
+            ),
+        ),
+        Key(
+            "retention.measure_kl",
+            "bool",
+            False,
+            "measure KL(start‖model) of the next token on retention.data as well",
+        ),
+        Key(
             "retention.max_rise",
             "float",
             None,
@@ -27,11 +67,28 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             optional=True,
         ),
         Key(
+            "retention.max_kl",
+            "float",
+            None,
+            "nats a token of KL(start‖model) past which the run stops; with measure_kl",
+            above=0,
+            optional=True,
+        ),
+        Key(
+            "retention.max_drop",
+            "float",
+            None,
+            "by how much the accuracy on retention.tasks may fall before the run stops",
+            above=0,
+            below=1,
+            optional=True,
+        ),
+        Key(
             "retention.on_rise",
             "choice",
             "stop",
-            "past max_rise: stop, the newest checkpoint being the result, or roll back to the "
-            "newest within the bound",
+            "past a bound: stop, the newest checkpoint being the result, or roll back to the "
+            "newest within all bounds",
             choices=("stop", "rollback"),
         ),
         Key(
@@ -73,3 +130,22 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             low=1,
         ),
     )
+
+
+def check_measured(values: Mapping[str, Any]) -> None:
+    """Raises RequestError for what cannot be measured of what is retained, or bounded."""
+    needs = {"retention.ewc": "retention.data", "retention.measure_kl": "retention.data"} | BOUNDS
+    for key, needed in needs.items():
+        if values[key] and not values[needed]:
+            empty = "" if needed == "retention.measure_kl" else ", which is empty"
+            raise RequestError(f"needs {needed}{empty}", key=key)
+    if values["retention.tasks"] and values["objective.name"] == "reward":
+        raise RequestError(
+            "cannot be measured: a reward model has no logits", key="retention.tasks"
+        )
+    for i, entry in enumerate(values["retention.tasks"]):
+        if entry["format"] not in FORMATS:
+            raise RequestError(
+                f"{entry['format']!r} has no prompt with an answer; valid: {', '.join(FORMATS)}",
+                key=f"retention.tasks[{i}].format",
+            )

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes import schema_rules_online
+from jaxtune.recipes.schema_eval import check_answers
 from jaxtune.recipes.schema_formats import (
     FORMATS_OF,
     NOT_GIVEN,
@@ -17,6 +18,7 @@ from jaxtune.recipes.schema_formats import (
     check_overlong,
 )
 from jaxtune.recipes.schema_keys import DURATION_UNITS
+from jaxtune.recipes.schema_retention import BOUNDS, check_measured
 
 Values = dict[str, Any]
 
@@ -140,7 +142,8 @@ def _data(values: Values) -> None:
             key="peft.num_tokens",
         )
     values["data.eval"] = _named(held_out, "data.eval")
-    values["retention.data"] = _named(values["retention.data"], "retention.data")
+    for key in ("retention.data", "retention.tasks"):
+        values[key] = _named(values[key], key)
 
 
 def _teacher(values: Values) -> None:
@@ -253,7 +256,8 @@ def _mesh(values: Values, given: Mapping[str, Any]) -> None:
 
 def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
     best = values["checkpoint.keep_best"]
-    measured = values["data.eval"] or values["retention.data"]
+    retained = values["retention.data"] or values["retention.tasks"]
+    measured = values["data.eval"] or retained
     if not values["data.eval"] and given.get("checkpoint.keep_best") is not None:
         raise RequestError(
             "needs evaluation data, and data.eval is empty", key="checkpoint.keep_best"
@@ -277,8 +281,9 @@ def _evaluation(values: Values, given: Mapping[str, Any]) -> None:
                 f"multiple of eval.every_steps = {evaluate}",
                 key="checkpoint.keep_best",
             )
+    check_answers(values)
     sampled = values["objective.name"] in schema_rules_online.NAMES
-    rows = values["retention.data"] or (values["data.eval"] and not sampled)
+    rows = retained or (values["data.eval"] and not sampled)
     if rows and values["eval.batch_size"] is None:
         values["eval.batch_size"] = values["batch_size"]
 
@@ -294,16 +299,16 @@ def _retention(values: Values) -> None:
                 f"{', '.join(FORMATS_OF['sft'])}",
                 key=f"retention.data[{i}].format",
             )
-    if not values["retention.data"]:
-        for key in ("retention.max_rise", "retention.ewc"):
-            if values[key]:
-                raise RequestError("needs retention.data, which is empty", key=key)
-    if values["retention.max_rise"] is None:
+    check_measured(values)
+    bounds = [key for key in BOUNDS if values[key] is not None]
+    if not bounds:
         if rolls_back:
-            raise RequestError("'rollback' needs retention.max_rise", key="retention.on_rise")
+            raise RequestError(
+                "'rollback' needs retention.max_rise, max_kl or max_drop", key="retention.on_rise"
+            )
         return
     if values["eval.every_steps"] is None:
-        raise RequestError("needs eval.every_steps", key="retention.max_rise")
+        raise RequestError("needs eval.every_steps", key=bounds[0])
     save, evaluate = values["checkpoint.every_steps"], values["eval.every_steps"]
     if rolls_back and (save is None or save % evaluate):
         raise RequestError(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtune.core.tree import Tree
 from jaxtune.models import decoder
 from jaxtune.models.config import ModelConfig
+from jaxtune.objectives.chunks import in_chunks
 from jaxtune.objectives.logprobs import LOGITS_BYTES, Scores, token_scores
 from jaxtune.parallel.sequence import balanced, sequence_shards, zigzag
 from jaxtune.peft.method import Method
@@ -182,6 +183,37 @@ def put_back(values: jax.Array, chosen: jax.Array) -> jax.Array:
     found = jnp.take_along_axis(values, jnp.clip(rank, 0, values.shape[1] - 1), axis=1)
     fits = jnp.sum(chosen, axis=1, keepdims=True) <= values.shape[1]
     return jnp.where(chosen, jnp.where(fits, found, jnp.nan), 0.0)
+
+
+def most_likely(
+    config: ModelConfig,
+    method: Method,
+    top_k: int,
+    temperature: float,
+    params: Tree,
+    batch: dict[str, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (ids int32, log-probabilities float32) [B, T, K] of each token's likeliest rivals.
+
+    They stand at the tokens' own places.
+
+    Args:
+        config, method, params: the model.
+        top_k: K.
+        temperature: divides the logits.
+        batch: arrays [B, T].
+    """
+    inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
+    states = predicting_states(config, method, params, inputs).states
+    head = functools.partial(decoder.logits, config, method, params)
+
+    def piece(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logprobs = jax.nn.log_softmax(head(hidden) / temperature, axis=-1)
+        values, ids = jax.lax.top_k(logprobs, top_k)
+        return ids.astype(jnp.int32), values
+
+    ids, logprobs = in_chunks(piece, states, config.vocab_size)
+    return at_targets(ids), at_targets(logprobs)
 
 
 def chunk_bytes(config: ModelConfig, trainable: Tree, shards: int) -> int:

@@ -146,12 +146,12 @@ def run(
 
 def begin_retention(
     plan: Plan, begun: Begun, workdir: Path, log: Callable[[dict[str, Any]], None]
-) -> dict[str, float]:
+) -> retention.Kept | None:
     """Returns what is retained at the start of the run, which is logged as step 0."""
     if plan.retention is None:
-        return {}
+        return None
 
-    def measure() -> dict[str, float]:
+    def measure() -> retention.Kept:
         return plan.retention.measure(begun.state.trainable, begun.frozen)
 
     step = int(begun.state.step)

@@ -27,4 +27,6 @@ def metric_names(config: Mapping[str, Any]) -> set[str]:
         _, report = jax.eval_shape(plan.step, state, frozen, batch)
         names = {*COUNTS, *TIMES, *report} - {BAD_LEAF}
         names |= plan.objective.metrics(plan)
+        if plan.texts is not None:
+            names |= plan.texts.names()
     return names

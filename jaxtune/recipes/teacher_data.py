@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,10 @@ def open_data(config: Any, base: Base, method: Method) -> Data:
     named = [(f"data.train[{i}]", store) for i, store in enumerate(data.stream.stores)]
     named += [(f"data.eval[{i}]", store) for i, store in enumerate(data.evals.values())]
     read = [read_one(Path(directory), store, key, config, base) for key, store in named]
-    starts = np.cumsum([0] + [len(ids) for ids, _, _ in read])
     if len({ids.shape[1] for ids, _, _ in read}) > 1:
         raise RequestError("sources have different top_k", key=KEY, where=directory)
-    flats = [numbers(store, int(start)) for (_, store), start in zip(named, starts, strict=False)]
+    known, flats = table_of([store for _, store in named], read)
     count = len(data.stream.stores)
-    digest = hashlib.blake2b("".join(told for _, _, told in read).encode(), digest_size=16)
     return dataclasses.replace(
         data,
         stream=data.stream.with_column(ROWS, flats[:count]),
@@ -96,13 +94,29 @@ def open_data(config: Any, base: Base, method: Method) -> Data:
             name: store.with_column(ROWS, flat)
             for (name, store), flat in zip(data.evals.items(), flats[count:], strict=True)
         },
-        teacher=TopK(
-            tuple(ids for ids, _, _ in read),
-            tuple(logprobs for _, logprobs, _ in read),
-            starts,
-            digest.hexdigest(),
-        ),
+        teacher=known,
     )
+
+
+def table_of(
+    stores: Sequence[Store], read: Sequence[tuple[np.ndarray, np.ndarray, str]]
+) -> tuple[TopK, list[np.ndarray]]:
+    """Returns the table of what a teacher said of several sources, and the column ROWS of each.
+
+    Args:
+        stores: the sources.
+        read: of each, (ids, logprobs) [targets, K] and a digest of them.
+    """
+    starts = np.cumsum([0] + [len(ids) for ids, _, _ in read])
+    digest = hashlib.blake2b("".join(told for _, _, told in read).encode(), digest_size=16)
+    known = TopK(
+        tuple(ids for ids, _, _ in read),
+        tuple(logprobs for _, logprobs, _ in read),
+        starts,
+        digest.hexdigest(),
+    )
+    pairs = zip(stores, starts, strict=False)
+    return known, [numbers(store, int(start)) for store, start in pairs]
 
 
 def numbers(store: Store, start: int) -> np.ndarray:

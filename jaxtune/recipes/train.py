@@ -107,9 +107,7 @@ def train(
                 if console is not None:
                     console.print(f"attention: {plan.attention}", highlight=False)
             outcome, totals = run(
-                reference_data.with_reference(
-                    plan, lambda: parameters_at_start(plan, begun), workdir
-                ),
+                with_start(plan, begun, workdir),
                 begun,
                 workdir,
                 metrics,
@@ -205,6 +203,18 @@ def parameters_at_start(plan: Plan, begun: Begun) -> tuple[Tree, Tree]:
         return begun.state.trainable, begun.frozen
     init = plan.config.peft.get("init_from")
     return plan.parts.split(load_parts(plan.base, plan.parts, plan.mesh, plan.config.seed, init))
+
+
+def with_start(plan: Plan, begun: Begun, workdir: Path) -> Plan:
+    """Returns the plan with what it compares with the parameters at step 0, where it does so."""
+
+    def start() -> tuple[Tree, Tree]:
+        return parameters_at_start(plan, begun)
+
+    whole = reference_data.with_reference(plan, start, workdir)
+    if plan.retention is None:
+        return whole
+    return dataclasses.replace(whole, retention=plan.retention.with_start(start))
 
 
 def seen_at(

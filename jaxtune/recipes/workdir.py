@@ -21,6 +21,7 @@ from jaxtune.checkpoints.runs import RunCheckpoints
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import copy_up, is_remote, move, place
 from jaxtune.recipes.schema import changes
+from jaxtune.recipes.schema_retention import METRICS_OF as BOUNDS
 from jaxtune.training.stop import FINISHED, RETENTION
 from jaxtune.training.workdir import read_json, write_json
 
@@ -186,7 +187,7 @@ def result_step(saved: RunCheckpoints, config: Any, pick: str | None = None) -> 
     """Returns the checkpoint that a run's result is; None if it has none.
 
     That is the best by `checkpoint.keep_best`, else, where the run rolls back, the newest within
-    `retention.max_rise`, else the newest.
+    the bounds of `retention`, else the newest.
 
     Args:
         saved: its checkpoints.
@@ -205,17 +206,23 @@ def result_step(saved: RunCheckpoints, config: Any, pick: str | None = None) -> 
                 where=saved.directory,
             )
         return pareto.pick(points, pick)
-    bound = config.retention.max_rise
     if config.retention.on_rise != "rollback" or config.checkpoint.keep_best is not None:
         return saved.best_step()
-    rises = {step: saved.meta(step)["metrics"].get("retention/nll_rise") for step in saved.steps()}
-    inside = [step for step, rise in rises.items() if rise is not None and rise <= bound]
-    if rises and not inside:
+    bounds = {name: config.retention[key] for key, name in BOUNDS.items()}
+    bounds = {name: bound for name, bound in bounds.items() if bound is not None}
+    steps = saved.steps()
+    inside = [step for step in steps if within(saved.meta(step)["metrics"], bounds)]
+    if steps and not inside:
+        told = ", ".join(f"{name} ≤ {bound:g}" for name, bound in bounds.items())
         raise RequestError(
-            f"no checkpoint is within retention.max_rise = {bound:g}; save more often",
-            where=saved.directory,
+            f"no checkpoint is within {told}; save more often", where=saved.directory
         )
     return max(inside, default=None)
+
+
+def within(metrics: Mapping[str, float], bounds: Mapping[str, float]) -> bool:
+    """Tells whether all metrics that are bounded were measured, and none is past its bound."""
+    return all(metrics.get(n) is not None and metrics[n] <= b for n, b in bounds.items())
 
 
 def put_aside(workdir: Path, damaged: Mapping[int, str], start: int) -> None:

@@ -7,17 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.batches import placed_batches
-from jaxtune.models import decoder
-from jaxtune.objectives.chunks import in_chunks
 from jaxtune.parallel.batches import global_batch
-from jaxtune.recipes.evaluate import open_one
-from jaxtune.recipes.language_model import LanguageModel, load
-from jaxtune.recipes.scores import at_targets, predicting_states
+from jaxtune.recipes.eval_data import Entry, open_one
+from jaxtune.recipes.language_model import load
+from jaxtune.recipes.scores import most_likely
 from jaxtune.recipes.teacher_data import write_one
 
 
@@ -55,9 +52,9 @@ def write_teacher(
     lm = load(model, dtype=dtype, quantize=quantize)
     if top_k > lm.config.vocab_size:
         raise RequestError(f"the model has {lm.config.vocab_size} tokens", key="--top_k")
-    store = open_one(lm, source, format, seq_len, "--source", overlong)
+    store = open_one(lm, Entry(source, source, format, "--source", seq_len, overlong))
     width = -(-int(store.room(lm.method.num_virtual).max()) // 32) * 32
-    run = jitted(lm, top_k, temperature)
+    run = jax.jit(functools.partial(most_likely, lm.config, lm.method, top_k, temperature))
     ids, logprobs = [], []
     with jax.set_mesh(lm.mesh):
         for batch, _ in placed_batches(store, batch_size, width, lm.method.num_virtual):
@@ -81,24 +78,3 @@ def write_teacher(
         "top_k": top_k,
         "mass": float(np.exp(all_logprobs.astype(np.float64)).sum(axis=1).mean()),
     }
-
-
-def jitted(lm: LanguageModel, top_k: int, temperature: float) -> Any:
-    """Returns (parameters, batch) → (ids int32, logprobs float32) [B, T, K], at the targets' own
-    places.
-    """
-    config, method = lm.config, lm.method
-
-    def run(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        states = predicting_states(config, method, params, batch).states
-        head = functools.partial(decoder.logits, config, method, params)
-
-        def piece(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logprobs = jax.nn.log_softmax(head(hidden) / temperature, axis=-1)
-            values, ids = jax.lax.top_k(logprobs, top_k)
-            return ids.astype(jnp.int32), values
-
-        ids, logprobs = in_chunks(piece, states, config.vocab_size)
-        return at_targets(ids), at_targets(logprobs)
-
-    return jax.jit(run)

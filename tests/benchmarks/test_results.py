@@ -67,12 +67,17 @@ def test_a_quick_run_writes_the_page(shared, sms, tmp_path, capsys):
         if line.startswith(("| before", "| bitfit"))
     }
     assert rows["bitfit"][3] == str(results.QUICK_STEPS)
-    # the loss from scored choices is the loss that `jaxtune eval` gives
+    # the figures are those that `jaxtune eval` gives
     held = tmp_path / "held.jsonl"
     pairs = sms.held[: results.QUICK_EXAMPLES]
     held.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
     report = evaluate(
-        model=shared / results.MODEL, data=f"jsonl:{held}", format="completion", dtype="float32"
+        model=shared / results.MODEL,
+        data=f"jsonl:{held}",
+        format="completion",
+        dtype="float32",
+        labels=("auto",),
     )
+    assert rows["before"][5] == f"{100 * report['labels']['accuracy']['value']:.1f} %"
     np.testing.assert_allclose(float(rows["before"][4]), report["loss"], atol=1e-4)
     assert float(rows["bitfit"][4]) < float(rows["before"][4])

@@ -217,10 +217,26 @@ def test_a_bad_sweep_is_refused_before_its_first_trial(here: Path, capfd, case: 
 def test_the_names_of_metrics_are_those_of_a_summary(here: Path) -> None:
     config = bad_world.config()
     config["data"]["eval"] += [{"source": "jsonl:train.jsonl", "format": "chat"}]
+    config["eval"] = {"metrics": ["f1"], "max_new_tokens": 2}
+    config["data"]["eval"][0]["by"] = "from"
+    held = [bad_world.chat(text) | {"from": name} for text, name in (("moon", "a"), ("mat", "b"))]
+    bad_world.write_lines(Path("held.jsonl"), held)
     names = metric_names(resolve(config | {"total_steps": 1}))
     summary = train(config | {"total_steps": 1}, "new").summary
     assert names - set(TIMES) - set(COUNTS) <= set(summary["metrics"]) <= names
-    assert {"eval/loss", "eval/train/accuracy", "eval/held/perplexity", "loss"} <= names
+    assert {f"eval/held/{value}/{name}" for value in "ab" for name in ("loss", "f1")} <= names
+    metrics = summary["metrics"]
+    parts = [metrics[f"eval/held/{value}/tokens"] for value in "ab"]
+    losses = [metrics[f"eval/held/{value}/loss"] for value in "ab"]
+    assert np.average(losses, weights=parts) == pytest.approx(metrics["eval/held/loss"], rel=1e-5)
+    assert {
+        "eval/f1",
+        "eval/held/f1",
+        "eval/loss",
+        "eval/train/accuracy",
+        "eval/held/perplexity",
+        "loss",
+    } <= names
 
 
 EPOCHS = "--config.total_steps=None"

@@ -52,6 +52,27 @@ def test_eval_prints_a_table(cli, evaluation) -> None:
     assert "perplexity" in out and "4.48" in out and "acc" in out
 
 
+def test_eval_shows_figures_with_their_intervals(cli, recipe) -> None:
+    figure = {"value": 0.5, "low": 0.25, "high": 0.75}
+    result = {
+        "metrics": {"f1": figure},
+        "against": {"loss": 1.0, "rise": 0.125, "low": 0.1, "high": 0.2, "kl": 0.3}
+        | {"metrics": {"f1": figure | {"rise": 0.0625}}},
+    }
+    recipe("evaluate", evaluate=lambda **_: result)
+    out = cli("eval", "--model=/m", "--data=jsonl:x", "--format=chat", "--metrics=f1").out
+    for words in ("0.5 [0.25, 0.75]", "0.5, rise 0.0625 [0.25, 0.75]", "against: kl", "0.125"):
+        assert words in out, out
+
+
+def test_eval_passes_on_how_answers_are_written(cli, evaluation) -> None:
+    flags = ("--metrics=f1, rouge", "--labels=a,b", "--max_new_tokens=9", "--stop=x", "--top_k=3")
+    cli("eval", "--model=/m", "--data=jsonl:x", "--format=chat", *flags, "--json")
+    expected = {"metrics": ("f1", "rouge"), "labels": ("a", "b"), "max_new_tokens": 9}
+    expected |= {"stop": ["x"], "top_k": 3}
+    assert expected.items() <= evaluation[-1].items() and "seed" not in evaluation[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "text"),
     [

@@ -10,7 +10,7 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
-from jaxtune.evaluate.bootstrap import paired
+from jaxtune.evaluate.bootstrap import mean_of, paired
 from tests.correctness.runs import run_config
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         hard = rng.normal(3.0, 2.0, 60) * weights  # for both models alike
         theirs = hard + rng.normal(0, 0.5, 60)
         ours = hard + 0.3 * weights + rng.normal(0, 0.5, 60)
-        low, high = paired(ours, theirs, weights, seed, draws=400)[1:]
+        pair = mean_of(ours, weights), mean_of(theirs, weights)
+        low, high = paired(*pair, seed, draws=400)[1:]
         hits += low <= 0.3 <= high
     assert 0.9 <= hits / 300 <= 0.98
 
