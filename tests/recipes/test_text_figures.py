@@ -11,7 +11,10 @@ import pytest
 import jaxtune
 from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
+from jaxtune.data.formats import Completion
+from jaxtune.data.questions import Question
 from jaxtune.evaluate.text_metrics import measure
+from jaxtune.recipes.labelled import AUTO, MOST, labels_of, truth_of
 from jaxtune.recipes.schema import resolve
 
 pytest.importorskip("sacrebleu")
@@ -72,8 +75,6 @@ def test_labels_are_chosen_by_the_likelihood_of_the_whole_completion(world, lm, 
     )
     assert np.trace(found["confusion"]) == hits.sum()
     assert found["accuracy"]["low"] <= hits.mean() <= found["accuracy"]["high"]
-    named = evaluated(capsys, [*words, "--labels=spam,ham,neither"])["labels"]
-    assert named["by_label"]["spam"]["examples"] == 4 and len(named["confusion"]) == 3
 
 
 @pytest.mark.slow
@@ -93,6 +94,18 @@ def test_what_is_written_is_what_generate_writes(world, lm, capsys):
     assert told["metrics"]["chrf"]["value"] == pytest.approx(expected["chrf"].whole)
     assert [told["metrics"]["chrf"][key] for key in ("rise", "low", "high")] == [0, 0, 0]
     assert told["rise"] == 0
+
+
+def test_labels_are_those_of_the_data_or_those_named():
+    asked = [Question(Completion("?", f" {text}\n"), (1,), f"x:{text}") for text in "bab"]
+    assert labels_of((AUTO,), asked, "k") == ("a", "b")
+    assert labels_of(("b", "c", "a"), asked, "k") == ("b", "c", "a")
+    assert truth_of(asked, ("b", "c", "a")).tolist() == [0, 2, 0]
+    with pytest.raises(RequestError, match="x:b: k: the completion 'b' is none of the labels"):
+        labels_of(("a", "c"), asked, "k")
+    many = [Question(Completion("?", str(n)), (1,), "x") for n in range(MOST + 1)]
+    with pytest.raises(RequestError, match=f"k: {MOST + 1} distinct completions are more than"):
+        labels_of((AUTO,), many, "k")
 
 
 @pytest.mark.parametrize(
