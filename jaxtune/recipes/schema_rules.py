@@ -292,6 +292,12 @@ def _retention(values: Values) -> None:
         for key in ("retention.max_rise", "retention.ewc"):
             if values[key]:
                 raise RequestError("needs retention.data, which is empty", key=key)
+    if bool(values.get("retention.olora")) != bool(values.get("retention.olora_from")):
+        raise RequestError(
+            "retention.olora, a strength, and retention.olora_from, adapter directories, need each "
+            "other",
+            key="retention.olora_from" if values["retention.olora"] else "retention.olora",
+        )
     if values["retention.max_rise"] is None:
         if rolls_back:
             raise RequestError("'rollback' needs retention.max_rise", key="retention.on_rise")
