@@ -14,6 +14,7 @@ import optax
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten
 from jaxtune.optim.anchor import Pull, pull_to_start
+from jaxtune.optim.orthogonal import Push, push_apart
 from jaxtune.optim.schedules import Schedule
 from jaxtune.peft.method import FROZEN, TRAINED
 
@@ -101,8 +102,9 @@ def make_transform(
     schedule: Schedule,
     scales: Sequence[tuple[str, float]] = (),
     pull: Pull | None = None,
+    push: Push | None = None,
 ) -> optax.GradientTransformation:
-    """Returns pull → clip → rule → decay → learning rate, a group for each rate and decay.
+    """Returns pull and push → clip → rule → decay → learning rate, a group for each rate and decay.
 
     Args:
         spec: the specification.
@@ -112,6 +114,7 @@ def make_transform(
         scales: (path regex, factor) pairs of the method, such as LoRA+'s; they multiply the
             groups' own.
         pull: towards the parameters at the start, if any.
+        push: away from earlier adapters' subspaces, if any.
 
     Raises:
         RequestError: a group's regex matches no trained parameter.
@@ -153,6 +156,7 @@ def make_transform(
     clip = optax.identity() if spec.clip_norm is None else optax.clip_by_global_norm(spec.clip_norm)
     names = unflatten({p: None if leaf is None else group(p) for p, leaf in shapes.items()})
     before = (pull_to_start(pull.l2sp, pull.ewc),) if pull else ()
+    before += (push_apart(push),) if push else ()
     behind = () if spec.layer_decay == 1.0 else (by_layer(spec.layer_decay, shapes),)
     return optax.chain(*before, clip, optax.partition(chains, names), *behind)
 

@@ -27,6 +27,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, branched, positions_left
+from jaxtune.recipes.earlier import push_of
 from jaxtune.recipes.heads import heads_of
 from jaxtune.recipes.held_texts import HeldTexts, open_texts
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
@@ -275,6 +276,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         schedule,
         parts.method.learning_rate_scales(),
         Pull(config.retention.l2sp, config.retention.ewc),
+        push_of(config, parts),
     )
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]

@@ -129,6 +129,21 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             "examples of retention.data that the Fisher information is estimated on",
             low=1,
         ),
+        Key(
+            "retention.olora",
+            "float",
+            0.0,
+            "strength of the push of LoRA's A away from those of retention.olora_from (O-LoRA)",
+            low=0,
+            used_by=(("peft.method", ("lora",)),),
+        ),
+        Key(
+            "retention.olora_from",
+            "texts",
+            (),
+            "adapter directories of the earlier runs, whose result model.path is",
+            used_by=(("peft.method", ("lora",)),),
+        ),
     )
 
 

@@ -299,6 +299,12 @@ def _retention(values: Values) -> None:
                 f"{', '.join(FORMATS_OF['sft'])}",
                 key=f"retention.data[{i}].format",
             )
+    if bool(values.get("retention.olora")) != bool(values.get("retention.olora_from")):
+        raise RequestError(
+            "retention.olora, a strength, and retention.olora_from, adapter directories, need each "
+            "other",
+            key="retention.olora_from" if values["retention.olora"] else "retention.olora",
+        )
     check_measured(values)
     bounds = [key for key in BOUNDS if values[key] is not None]
     if not bounds:
