@@ -93,7 +93,7 @@ def open_one(lm: LanguageModel, entry: Entry) -> TokenStore | SharedStore:
         reads = "a reward model reads" if scorer else "what has a loss to measure is"
         raise RequestError(
             f"{format!r} cannot be measured: {reads} {', '.join(known)}",
-            key="--format" if key == "--data" else f"{key}.format",
+            key="--format" if key.startswith("--") else f"{key}.format",
         )
     context = positions_left(lm.config, lm.method)
     longest = ANY_LENGTH if format in BRANCHED else context

@@ -13,7 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.prompts import read_prompts
 from jaxtune.data.sources import open_source
 from jaxtune.data.tokenizer import Tokenizer
-from jaxtune.recipes.evaluate import open_one
+from jaxtune.recipes.eval_data import Entry, open_one
 from jaxtune.recipes.language_model import LanguageModel
 
 # Of these formats nothing says where the model's own words begin.
@@ -64,7 +64,7 @@ def starts_of(
         ids = np.split(prompts.ids, prompts.offsets[1:-1])
         return Starts(tuple(map(tuple, map(np.ndarray.tolist, ids))), _places(prompts))
     overlong = "truncate" if format in WHOLE else "error"
-    store = open_one(lm, source, format, None, "--source", overlong)
+    store = open_one(lm, Entry("starts", source, format, "--source", overlong=overlong))
     least = 8 if first_tokens is None else first_tokens
     examples = (store.example(i) for i in range(len(store)))
     return Starts(
