@@ -15,7 +15,8 @@ import pytest
 from jaxtune.recipes.quickstart import story, texts
 from jaxtune.recipes.quickstart.tokenizer import train_tokenizer
 from tests.conftest import ROOT, SHARED
-from tests.tpu_scripts.world import build, demolish, executable
+from tests.tpu_scripts.world import demolish
+from tests.tutorials import cloud
 from tests.tutorials.runner import run
 
 PAGES = ROOT / "docs" / "tutorials"
@@ -23,20 +24,6 @@ SMALL_WORLD = ("instructions", "lora_or_full", "classifier", "rlhf")
 PRETRAIN_STEPS = 60  # the pages' base need not know much, only be a language model
 # One device, as a reader has; what the suite compiled is used again.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-
-
-def python(*words, cwd: Path, path: str = "", **environment: str):
-    """Runs Python with the command `jaxtune` on the PATH, behind the directories of `path`."""
-    found = os.pathsep.join(filter(None, (path, str(Path(sys.executable).parent))))
-    known = {**os.environ, **ENVIRONMENT, "PATH": f"{found}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env=known | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def pretrain(workdir: Path) -> None:
@@ -81,7 +68,15 @@ def told(tmp_path_factory) -> dict[str, str]:
         (project.parent / "shared").symlink_to(SHARED)
         pages = (*pages, "legal")
     code = "from tests.tutorials.test_tutorials import read_on; read_on()"
-    done = python("-c", code, *pages, cwd=project)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *pages],
+        cwd=project,
+        env={**os.environ, **ENVIRONMENT, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (project / "told.json").is_file(), done.stderr[-4000:]
     found = json.loads((project / "told.json").read_text())
     return {page: f"{error}{done.stdout[-4000:]}" if error else "" for page, error in found.items()}
@@ -100,15 +95,9 @@ def test_legal_page(told, shared):
 
 @pytest.mark.slow
 def test_tpu_page(tmp_path):
-    world = build(tmp_path)
-    shutil.rmtree(world.laptop / "configs")
-    shutil.copytree(ROOT / "configs", world.laptop / "configs")
-    executable(world.laptop / "bin" / "sleep", "#!/bin/sh\nexec /bin/sleep 0.05\n")
-    (world.laptop / "tpu_scripts" / "env").unlink()
+    world = cloud.laptop(tmp_path)
     try:
-        words = ("-m", "tests.tutorials.runner", PAGES / "tpu.md")
-        home, programs = str(world.laptop / "home"), str(world.laptop / "bin")
-        done = python(*words, cwd=world.laptop, path=programs, HOME=home)
+        done = cloud.follow(world)
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         assert len(world.calls("tpu-vm", "create")) == 2
         assert len(world.calls("tpu-vm", "delete")) == 2
