@@ -64,6 +64,7 @@ site: install
 tutorials: install
 	rm -rf runs/mine runs/choice runs/classifier runs/rlhf runs/legal
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python -m tests.tutorials.runner --write $(TUTORIALS)
+	$(BIN)/python -m tests.tutorials.cloud --write
 
 # Some minutes; needs torch, transformers and peft.
 families-page: install

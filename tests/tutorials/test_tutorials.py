@@ -7,67 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 
-from jaxtune.recipes.quickstart import story, texts
-from jaxtune.recipes.quickstart.tokenizer import train_tokenizer
 from tests.conftest import ROOT, SHARED
-from tests.tpu_scripts.world import build, demolish, executable
+from tests.tpu_scripts.world import demolish
+from tests.tutorials import cloud
 from tests.tutorials.runner import run
 
 PAGES = ROOT / "docs" / "tutorials"
 SMALL_WORLD = ("instructions", "lora_or_full", "classifier", "rlhf")
-PRETRAIN_STEPS = 60  # the pages' base need not know much, only be a language model
 # One device, as a reader has; what the suite compiled is used again.
 ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
-
-
-def python(*words, cwd: Path, path: str = "", **environment: str):
-    """Runs Python with the command `jaxtune` on the PATH, behind the directories of `path`."""
-    found = os.pathsep.join(filter(None, (path, str(Path(sys.executable).parent))))
-    known = {**os.environ, **ENVIRONMENT, "PATH": f"{found}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd,
-        env=known | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def pretrain(workdir: Path) -> None:
-    """Makes the part of `runs/quickstart` that the pages use, from a shorter pretraining."""
-    from jaxtune.recipes.language_model import load
-    from jaxtune.recipes.train import train
-
-    paths = texts.write(workdir / "texts")
-    corpus = story._fields(paths["corpus"], "text")
-    tokenizer = train_tokenizer(corpus, workdir / "tokenizer")
-    config = story.pretrain_config(paths, tokenizer, PRETRAIN_STEPS)
-    config["data"]["eval"], config["eval"] = [], {}
-    assert train(config, workdir / "pretrain").summary["stop_reason"] == "finished"
-    load(workdir / "pretrain", dtype="float32").save(workdir / "base")
-
-
-def read_on() -> None:
-    """Follows the pages in the current directory, and notes in `told.json` how each one ended.
-
-    All in one process, since a start of Python with JAX costs as much as a page.
-    """
-    if not Path("runs/quickstart").exists():
-        pretrain(Path("runs/quickstart").absolute())
-    told = {}
-    for page in sys.argv[1:]:
-        try:
-            run((PAGES / f"{page}.md").read_text(encoding="utf-8"), os.environ)
-            told[page] = ""
-        except BaseException:
-            told[page] = traceback.format_exc()
-        Path("told.json").write_text(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +32,15 @@ def told(tmp_path_factory) -> dict[str, str]:
     if (SHARED / "models").is_dir():
         (project.parent / "shared").symlink_to(SHARED)
         pages = (*pages, "legal")
-    code = "from tests.tutorials.test_tutorials import read_on; read_on()"
-    done = python("-c", code, *pages, cwd=project)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tutorials.reader", *pages],
+        cwd=project,
+        env={**os.environ, **ENVIRONMENT, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (project / "told.json").is_file(), done.stderr[-4000:]
     found = json.loads((project / "told.json").read_text())
     return {page: f"{error}{done.stdout[-4000:]}" if error else "" for page, error in found.items()}
@@ -90,25 +49,21 @@ def told(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SMALL_WORLD)
 def test_page_of_the_small_world(page, told):
-    assert told[page] == ""
+    if told[page]:
+        pytest.fail(told[page])
 
 
 @pytest.mark.slow
 def test_legal_page(told, shared):
-    assert told["legal"] == ""
+    if told["legal"]:
+        pytest.fail(told["legal"])
 
 
 @pytest.mark.slow
 def test_tpu_page(tmp_path):
-    world = build(tmp_path)
-    shutil.rmtree(world.laptop / "configs")
-    shutil.copytree(ROOT / "configs", world.laptop / "configs")
-    executable(world.laptop / "bin" / "sleep", "#!/bin/sh\nexec /bin/sleep 0.05\n")
-    (world.laptop / "tpu_scripts" / "env").unlink()
+    world = cloud.laptop(tmp_path)
     try:
-        words = ("-m", "tests.tutorials.runner", PAGES / "tpu.md")
-        home, programs = str(world.laptop / "home"), str(world.laptop / "bin")
-        done = python(*words, cwd=world.laptop, path=programs, HOME=home)
+        done = cloud.follow(world)
         assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         assert len(world.calls("tpu-vm", "create")) == 2
         assert len(world.calls("tpu-vm", "delete")) == 2
