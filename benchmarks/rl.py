@@ -18,6 +18,7 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,11 +48,15 @@ def contest(options: argparse.Namespace, scratch: Path) -> list[Entrant]:
             found.append(make())
         except ImportError as error:
             print(f"left out: {error}", file=sys.stderr)
+    started = time.perf_counter()
     for number in range(options.rounds + 1):
+        if number > 1 and time.perf_counter() - started > options.seconds:
+            break
         for one in found[number % len(found) :] + found[: number % len(found)]:
             one.time_step()
+            print(f"{number}: {one.name} {one.seconds[-1]:.2f} s", file=sys.stderr, flush=True)
     for one in found:
-        assert len(one.sampling) == options.rounds + 1, f"{one.name}: {len(one.sampling)} samplings"
+        assert len(one.sampling) == len(one.seconds), f"{one.name}: {len(one.sampling)} samplings"
         # The first is for caches, lazy set-up and what is compiled when it is called.
         del one.seconds[0], one.cpu_seconds[0], one.sampling[0]
     return found
@@ -99,7 +104,9 @@ def sampling_rows(options: argparse.Namespace, scratch: Path) -> list[list[str]]
     return generation.contest("equal lengths", found, options.rounds)
 
 
-def page(bodies: Sequence[str], argv: Sequence[str], options: argparse.Namespace) -> str:
+def page(
+    bodies: Sequence[str], argv: Sequence[str], options: argparse.Namespace, timed: int
+) -> str:
     """Returns docs/rl_performance.md."""
     from jaxtune.recipes.train import versions
 
@@ -124,7 +131,7 @@ def page(bodies: Sequence[str], argv: Sequence[str], options: argparse.Namespace
             f"{options.prompts} prompts of {options.prompt} tokens × {options.samples} samples ×"
             f" {options.tokens} tokens at temperature 1, a reward in plain Python, LoRA r = {RANK}"
             f" on every linear layer, the KL from the base ({KL:g}) in the loss, one step of AdamW"
-            f" with clip 1.0 over all samples; {options.rounds} iterations each after one that"
+            f" with clip 1.0 over all samples; {timed} iterations each after one that"
             " compiles. The ratio is jaxtune's median time over that of the row: below 1 where"
             " jaxtune is faster. *Sampling* is the sampler's part of the iteration. jaxtune's"
             " iteration includes a pass of the trainer over the samples, which the others leave out"
@@ -155,20 +162,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         **{"prompt": 32, "rounds": 5},
     }.items():
         parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--seconds", type=float, default=600, help="no round begins after so many")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "rl_performance.md")
     options = parser.parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as scratch:
         tokens = options.prompts * options.samples * options.tokens
+        found = contest(options, Path(scratch))
         bodies = [
-            table(HEADER, rows_of(contest(options, Path(scratch)), tokens)),
+            table(HEADER, rows_of(found, tokens)),
             table(generation.HEADER, sampling_rows(options, Path(scratch))),
         ]
     print("\n".join(bodies))
     if options.write:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page(bodies, argv, options))
+        options.out.write_text(page(bodies, argv, options, len(found[0].seconds)))
     return 0
 
 
