@@ -160,17 +160,17 @@ def right(values: np.ndarray) -> np.ndarray:
 
 def between(ours: np.ndarray, theirs: np.ndarray) -> str:
     """Returns the difference of two shares in percentage points, with its paired bootstrap."""
-    from jaxtune.evaluate.bootstrap import paired
+    from jaxtune.evaluate.bootstrap import mean_of, paired
 
-    found = paired(ours, theirs, np.ones(len(ours)))
+    found = paired(mean_of(ours), mean_of(theirs))
     return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * end for end in found))
 
 
 def share(hits: np.ndarray) -> str:
     """Returns a share as a percentage, with the ends of its interval by the bootstrap."""
-    from jaxtune.evaluate.bootstrap import paired
+    from jaxtune.evaluate.bootstrap import interval, mean_of
 
-    found = paired(hits, np.zeros(len(hits)), np.ones(len(hits)))
+    found = interval(mean_of(hits))
     return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * end for end in found))
 
 
