@@ -170,11 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         tokens = options.prompts * options.samples * options.tokens
         found = contest(options, Path(scratch))
-        bodies = [
-            table(HEADER, rows_of(found, tokens)),
-            table(generation.HEADER, sampling_rows(options, Path(scratch))),
-        ]
-    print("\n".join(bodies))
+        bodies = [table(HEADER, rows_of(found, tokens))]
+        print(bodies[0], flush=True)
+        bodies.append(table(generation.HEADER, sampling_rows(options, Path(scratch))))
+        print(bodies[1])
     if options.write:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(page(bodies, argv, options, len(found[0].seconds)))

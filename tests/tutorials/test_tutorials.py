@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SHARED
+from tests.conftest import ROOT, SHARED, xla_flags
 from tests.tpu_scripts.world import demolish
 from tests.tutorials import cloud
 from tests.tutorials.runner import run
@@ -19,7 +19,7 @@ from tests.tutorials.runner import run
 PAGES = ROOT / "docs" / "tutorials"
 SMALL_WORLD = ("instructions", "lora_or_full", "classifier", "rlhf")
 # One device, as a reader has; what the suite compiled is used again.
-ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {"XLA_FLAGS": xla_flags(devices=1), "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
