@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,27 +13,38 @@ COMPARED = 100_000
 BINS = 24
 
 
-def review(lengths: np.ndarray, ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
+def digests(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Returns a hash of each of the first COMPARED examples, uint8 [compared, 16].
+
+    Args:
+        ids: int32 [total], tokens.
+        offsets: int64 [examples + 1], where examples begin in them.
+    """
+    hashes = [
+        hashlib.blake2b(ids[start:end].tobytes(), digest_size=16).digest()
+        for start, end in itertools.pairwise(offsets[: COMPARED + 1])
+    ]
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+
+
+def review(lengths: np.ndarray, hashes: np.ndarray) -> dict[str, Any]:
     """Returns what a person should know of examples before the run is believed.
 
     Args:
         lengths: int [examples], tokens of each.
-        ids: int32 [total], tokens of some or all of them.
-        offsets: int [some + 1], where these begin in `ids`.
+        hashes: of the first of them at least; see `digests`.
 
     Returns:
         `median`, `p95` and `longest` in tokens; `edges` [bins + 1] and `counts` [bins] of a
         histogram; `repeats`, how many of the first `compared` have the tokens of an earlier one.
 
-    >>> found = review(np.array([2, 2, 1]), np.array([5, 6, 5, 6, 7]), np.array([0, 2, 4, 5]))
+    >>> hashes = digests(np.array([5, 6, 5, 6, 7]), np.array([0, 2, 4, 5]))
+    >>> found = review(np.array([2, 2, 1]), hashes)
     >>> found["median"], found["longest"], found["repeats"], found["compared"]
     (2.0, 2, 1, 3)
     """
-    compared = min(len(offsets) - 1, COMPARED)
-    seen = {
-        hashlib.blake2b(ids[offsets[i] : offsets[i + 1]].tobytes(), digest_size=16).digest()
-        for i in range(compared)
-    }
+    seen = {row.tobytes() for row in hashes[:COMPARED]}
+    compared = min(len(hashes), COMPARED)
     longest = int(lengths.max())
     edges = np.unique(np.linspace(0, longest + 1, BINS + 1).astype(int))
     counts, _ = np.histogram(lengths, edges)

@@ -11,13 +11,14 @@ import numpy as np
 from jaxtune.core.errors import RequestError
 from jaxtune.data.columns import BRANCHED
 from jaxtune.data.parts import parts_of
-from jaxtune.data.review import review
+from jaxtune.data.review import digests, review
 from jaxtune.data.shares import SharedStore, tokenize_shared
 from jaxtune.data.sources import open_source
 from jaxtune.data.stream import Budget, Stream
 from jaxtune.data.token_store import TokenStore, keys_of
 from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models.config import ModelConfig
+from jaxtune.parallel.processes import gather_arrays
 from jaxtune.peft.method import Method
 from jaxtune.recipes.schema_formats import splits_pairs
 
@@ -51,13 +52,15 @@ class Data:
     def review(self) -> list[dict[str, Any]]:
         """Returns what `data.review` says of each training source, in order.
 
-        Of a source that several processes share, repeats are those of this process's examples.
+        All processes of a run ask together: each has hashed its part of the examples.
         """
         out = []
         for store in self.stream.stores:
             here = store.own if isinstance(store, SharedStore) else store
-            lengths = np.diff(here.offsets) if here is store else store.lengths
-            out.append(review(lengths, here.ids, here.offsets))
+            hashes = digests(here.ids, here.offsets)
+            if here is not store:
+                hashes = np.concatenate(gather_arrays(hashes))
+            out.append(review(store.lengths, hashes))
         return out
 
 

@@ -12,7 +12,7 @@ def test_lengths_and_repeats(examples):
     lengths = np.array([len(example) for example in examples])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.array(example, np.int32) for example in examples])
-    found = review.review(lengths, ids, offsets)
+    found = review.review(lengths, review.digests(ids, offsets))
     earlier = [example in examples[:number] for number, example in enumerate(examples)]
     assert (found["repeats"], found["compared"]) == (sum(earlier), len(examples))
     assert found["longest"] == max(lengths) and found["median"] == np.median(lengths)
@@ -26,5 +26,5 @@ def test_lengths_and_repeats(examples):
 def test_so_many_examples_are_compared_and_no_more(monkeypatch):
     monkeypatch.setattr(review, "COMPARED", 3)
     ids = np.zeros(5, np.int32)
-    found = review.review(np.ones(5, np.int64), ids, np.arange(6))
+    found = review.review(np.ones(5, np.int64), review.digests(ids, np.arange(6)))
     assert (found["compared"], found["repeats"]) == (3, 2)
