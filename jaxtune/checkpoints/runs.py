@@ -251,9 +251,13 @@ class RunCheckpoints:
         return {path: np.asarray(leaf) for path, leaf in flatten(arrays).items()}
 
     def check(self) -> None:
-        """Raises UnwrittenCheckpoint if a save under way has failed."""
-        with self.complained():
-            self.manager.check_for_errors()
+        """Raises UnwrittenCheckpoint if a save has failed in the background.
+
+        Orbax's own `check_for_errors` gives an error away once: its thread that removes the older
+        checkpoints would not see it, and would remove the last whole one.
+        """
+        if not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Returns when the saves under way are on disk; raises UnwrittenCheckpoint if not."""

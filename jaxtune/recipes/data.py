@@ -58,9 +58,10 @@ class Data:
         for store in self.stream.stores:
             here = store.own if isinstance(store, SharedStore) else store
             hashes = digests(here.ids, here.offsets)
-            if here is not store:
-                hashes = np.concatenate(gather_arrays(hashes))
-            out.append(review(store.lengths, hashes))
+            if here is store:  # of examples or of prompts
+                out.append(review(np.diff(here.offsets), hashes))
+            else:
+                out.append(review(store.lengths, np.concatenate(gather_arrays(hashes))))
         return out
 
 

@@ -1,6 +1,7 @@
 """The local engine: the trainer's own arrays, meshes, processes, and what it refuses."""
 
 import dataclasses
+import gc
 import json
 import os
 import socket
@@ -41,6 +42,7 @@ def test_the_weights_are_the_trainers_own(monkeypatch):
     config, method, params = model("lora")
     trainable, frozen = partition(params, labels(method, params), lambda name: name == TRAINED)
     given, seen = without_holes(trainable) | without_holes(frozen), []
+    gc.collect()  # what earlier tests left must not go in the midst of this one
     before = sum(array.nbytes for array in jax.live_arrays())
 
     def decode(ids):
