@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 def xla_flags(devices: int) -> str:
     """Returns XLA_FLAGS for so many devices on this processor.
 
-    Most of the suite's time is the compiler's work on programs that run for milliseconds. With
-    these it does 2.5 times less of it than with optimization level 0 alone.
+    Most of the suite's time is the compiler's work on programs that run for milliseconds: it does
+    the least.
     """
     flags = [
         "--xla_backend_optimization_level=0",

@@ -10,10 +10,12 @@ import logging
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 
 from jaxtune.checkpoints.runs import RunCheckpoints, UnwrittenCheckpoint
@@ -121,6 +123,30 @@ def test_what_does_not_fit_is_no_damage(workdir: Path, bench: Workbench, config:
     with pytest.raises(RequestError, match="checkpoints/6/model"):
         bench.train(other, workdir, allow_change=True)
     assert tree_hash(workdir) == before
+
+
+def test_a_failed_save_is_not_looked_at_before_orbax_has_seen_it(tmp_path: Path) -> None:
+    """Its error is given away once; unseen by the thread that removes older ones, it loses them."""
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=1)
+    arrays, looked, manager = {"a": jnp.zeros(3)}, threading.Event(), checkpoints.manager
+    checkpoints.save(1, arrays, arrays, {}, {})
+    checkpoints.wait()
+    finish = manager._wait_for_checkpointers
+
+    def later() -> None:
+        looked.wait()
+        finish()
+
+    with mock.patch.object(manager, "_wait_for_checkpointers", later):
+        checkpoints.save(2, arrays, arrays, {}, {})
+        background = manager._checkpointer._async_manager
+        background._thread.join()
+        background._exception = OSError("no more")
+        checkpoints.check()
+        looked.set()
+        with pytest.raises(UnwrittenCheckpoint, match="no more"):
+            checkpoints.wait()
+    assert 1 in steps(tmp_path)
 
 
 @pytest.fixture

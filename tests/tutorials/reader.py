@@ -45,7 +45,7 @@ def read_on() -> None:
         try:
             run((PAGES / f"{page}.md").read_text(encoding="utf-8"), os.environ)
             told[page] = ""
-        except BaseException:
+        except (Exception, SystemExit):  # a verb on the page may exit
             told[page] = traceback.format_exc()
         Path("told.json").write_text(json.dumps(told))
 
