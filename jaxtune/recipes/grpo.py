@@ -122,6 +122,7 @@ def look(
         logits_bytes=chunk_bytes(parts.config, trainable, shards),
         train_entropy=o.entropy_coef > 0,
         reference=base_reference(parts.config, params) if exact_loss(o) else None,
+        most=o.max_new_tokens,
     )
 
 

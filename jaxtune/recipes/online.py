@@ -133,7 +133,14 @@ def look_at(plan: Any) -> Callable[[Tree, Tree | None, Tree, Batch], dict[str, n
     """
     parts, o = plan.parts, plan.config.objective
     exact = o.kl_estimator == "exact" and o.kl_in == "reward"
-    look = observer(parts.config, parts.method, o.temperature, batch_shards(plan.mesh), exact)
+    look = observer(
+        parts.config,
+        parts.method,
+        o.temperature,
+        batch_shards(plan.mesh),
+        exact,
+        o.max_new_tokens,
+    )
 
     def observe(trainable: Tree, start: Tree | None, frozen: Tree, batch: dict[str, jax.Array]):
         reference = None if start is None else combine(start, frozen)

@@ -17,7 +17,14 @@ from jaxtune.parallel.sequence import balanced, sequence_shards
 from jaxtune.peft.method import Method
 from jaxtune.recipes.base import BASE
 from jaxtune.recipes.reference import base_of
-from jaxtune.recipes.scores import INPUTS, at_targets, target_side
+from jaxtune.recipes.scores import (
+    INPUTS,
+    at_places,
+    at_targets,
+    head_places,
+    put_back,
+    target_side,
+)
 
 
 class View(NamedTuple):
@@ -52,6 +59,7 @@ def view(
     logits_bytes: int = LOGITS_BYTES,
     train_entropy: bool = False,
     reference: tuple[Method, Tree] | None = None,
+    most: int | None = None,
 ) -> View:
     """Returns the View of a batch under a policy; dropout is off.
 
@@ -63,21 +71,24 @@ def view(
         logits_bytes: see `chunks.in_chunks`.
         train_entropy: whether the entropy has a gradient.
         reference: method and parameters of the model that the exact KL is measured from.
+        most: a number that the sampled tokens of a row never exceed. The head then runs on so many
+            tokens a row, and what it says elsewhere is 0. None: on all tokens.
     """
     batch = balanced(target_side(batch))
     inputs = {name: batch.pop(name) for name in INPUTS if name in batch}
     hidden = decoder.hidden_states(config, method, params, inputs)
-    other = None
+    sampled = None if most is None else batch["completions"] > 0
+    places, other = head_places(sampled, most), None
     if reference is not None:
         model = (config, reference[0], jax.lax.stop_gradient(reference[1]))
         other = (
             functools.partial(decoder.logits, *model),
-            decoder.hidden_states(*model, inputs).states,
+            at_places(decoder.hidden_states(*model, inputs).states, places),
         )
     scores = policy_scores(
         functools.partial(decoder.logits, config, method, params),
-        hidden.states,
-        batch["targets"],
+        at_places(hidden.states, places),
+        at_places(batch["targets"], places),
         config.vocab_size,
         temperature=temperature,
         train_entropy=train_entropy,
@@ -86,6 +97,8 @@ def view(
         shards=shards,
         pieces=sequence_shards(),
     )
+    if places is not None:
+        scores = jax.tree.map(lambda found: put_back(found, sampled), scores)
     values = None
     if config.score_head:
         values = decoder.scores(config, method, params, hidden.states)
@@ -98,21 +111,28 @@ def base_reference(config: ModelConfig, params: Tree) -> tuple[Method, Tree]:
 
 
 def observer(
-    config: ModelConfig, method: Method, temperature: float, shards: int, exact: bool = False
+    config: ModelConfig,
+    method: Method,
+    temperature: float,
+    shards: int,
+    exact: bool = False,
+    most: int | None = None,
 ) -> Callable[..., dict[str, jax.Array]]:
     """Returns (params, reference's params or None, batch) → what is seen of rollouts, [B, T].
 
-    `logprobs`, `entropy`, `values` with a value head; with a reference `ref_logprobs`, and with
+    `logprobs`, `values` with a value head; with a reference `ref_logprobs`, and with
     `exact` also `kl`. The values stand at the tokens; 0 at the first, which nothing predicts.
+    `most` is as of `view`.
     """
 
     def observe(params: Tree, start: Tree | None, batch: dict[str, Any]) -> dict[str, jax.Array]:
-        look = functools.partial(view, config, method, temperature=temperature, shards=shards)
+        look = functools.partial(
+            view, config, method, temperature=temperature, shards=shards, most=most
+        )
         both = exact and start is not None
         seen = look(params, batch, reference=(method, start) if both else None)
         found = {
             "logprobs": seen.logprobs,
-            "entropy": seen.entropy,
             "values": seen.values,
             "kl": seen.kl,
         }

@@ -136,28 +136,35 @@ def predictions(
     batch = balanced(target_side(batch))
     inputs = {name: batch.pop(name) for name in INPUTS if name in batch}
     hidden = predicting_states(config, method, params, inputs, key)
-    states, targets, pieces = hidden.states, batch["targets"], sequence_shards()
-    few = most is not None and most < targets.shape[1] and pieces == 1
-    if few:
-        trained = batch["loss_mask"] > 0
-        places = first_places(trained, most)
-        states = jnp.take_along_axis(states, places[:, :, None], axis=1)
-        targets = jnp.take_along_axis(targets, places, axis=1)
+    trained = None if most is None else batch["loss_mask"] > 0
+    places = head_places(trained, most)
     scores = token_scores(
         functools.partial(decoder.logits, config, method, params, key=key),
-        states,
-        targets,
+        at_places(hidden.states, places),
+        at_places(batch["targets"], places),
         config.vocab_size,
         logits_bytes=logits_bytes,
         shards=shards,
-        pieces=pieces,
+        pieces=sequence_shards(),
     )
-    if few:
+    if places is not None:
         scores = Scores(
             put_back(scores.logprobs, trained),
             put_back(scores.correct.astype(jnp.float32), trained) > 0,
         )
     return Predictions(scores, batch, hidden.states, hidden.balance)
+
+
+def head_places(chosen: jax.Array | None, most: int | None) -> jax.Array | None:
+    """Returns the places that the head is to run on, int32 [B, most]; None: on all.
+
+    Args:
+        chosen: bool [B, T], where scores are wanted; unused where `most` is None.
+        most: a number that those of a row never exceed; None: not known.
+    """
+    if most is None or most >= chosen.shape[1] or sequence_shards() > 1:
+        return None
+    return first_places(chosen, most)
 
 
 def first_places(chosen: jax.Array, count: int) -> jax.Array:
@@ -168,6 +175,14 @@ def first_places(chosen: jax.Array, count: int) -> jax.Array:
     [[1, 3, 0]]
     """
     return jnp.argsort(~chosen, axis=1, stable=True)[:, :count].astype(jnp.int32)
+
+
+def at_places(values: jax.Array, places: jax.Array | None) -> jax.Array:
+    """Returns values [B, T, …] at places [B, M], or all of them where that is None."""
+    if places is None:
+        return values
+    index = places.reshape(*places.shape, *(1,) * (values.ndim - 2))
+    return jnp.take_along_axis(values, index, axis=1)
 
 
 def put_back(values: jax.Array, chosen: jax.Array) -> jax.Array:

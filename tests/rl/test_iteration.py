@@ -104,3 +104,18 @@ def test_every_key_of_the_batch_by_hand(iteration):
         found = batch["advantages"][row, sizes[row] - 1]
         assert found == pytest.approx(wanted[row], rel=1e-3, abs=1e-4)
     assert told["sampler_gap"] < 1e-5
+
+
+def test_logits_are_made_of_new_tokens_alone(iteration, monkeypatch):
+    plan, *_, batch, _ = iteration
+    state, frozen, _ = plan.abstract_arguments()
+    places, real = set(), decoder.logits
+
+    def logits(config, method, params, hidden, **rest):
+        places.add(hidden.shape[1])
+        return real(config, method, params, hidden, **rest)
+
+    monkeypatch.setattr(decoder, "logits", logits)
+    with jax.set_mesh(plan.mesh):
+        jax.eval_shape(lambda *given: plan.loss(*given, batch, None), state.trainable, frozen)
+    assert places == {NEW}
