@@ -13,7 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.batches import placed_batches
 from jaxtune.parallel.batches import global_batch
 from jaxtune.recipes.eval_data import Entry, open_one
-from jaxtune.recipes.language_model import load
+from jaxtune.recipes.load import load
 from jaxtune.recipes.scores import most_likely
 from jaxtune.recipes.teacher_data import write_one
 
