@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxtune.checkpoints import peft_config, peft_lora, peft_lora_write
-from jaxtune.checkpoints.hf import read_json
 from jaxtune.checkpoints.hf_directory import replaced
 from jaxtune.checkpoints.hf_export import gather, tensors_of, write_json
+from jaxtune.checkpoints.hf_tensors import read_json
 from jaxtune.checkpoints.peft_check import base_copies, check_leaves, check_tensors
 from jaxtune.checkpoints.peft_modules import (
     EMBEDDING,
