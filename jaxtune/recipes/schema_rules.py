@@ -105,7 +105,9 @@ def _length(values: Values) -> None:
             key="total_steps",
         )
     if len(totals) > 1:
-        raise RequestError(f"contradicts {totals[0]}: give one of them", key=totals[1])
+        raise RequestError(
+            f"contradicts {totals[0]}: give one of them (None takes one back)", key=totals[1]
+        )
     batch, parts = values["batch_size"], values["grad_accum"]
     if batch * values["data.seq_len"] >= 2**31:
         raise RequestError(
@@ -120,7 +122,9 @@ def _length(values: Values) -> None:
 def _optim(values: Values) -> None:
     warmups = [key for key in values if key.startswith("optim.warmup_")]
     if len(warmups) > 1:
-        raise RequestError(f"contradicts {warmups[0]}: give one of them", key=warmups[1])
+        raise RequestError(
+            f"contradicts {warmups[0]}: give one of them (None takes one back)", key=warmups[1]
+        )
     for key in warmups:
         total = f"total_{key.removeprefix('optim.warmup_')}"
         if total in values and values[key] > values[total]:
