@@ -47,8 +47,11 @@ def write_teacher(
         {"directory", "targets", "top_k", "mass": mean probability of the kept tokens}.
 
     Raises:
-        RequestError: model or data cannot be read, or top_k is more than the vocabulary.
+        RequestError: model or data cannot be read, `out` is a file, or top_k is more than the
+            vocabulary.
     """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise RequestError("is not a directory", key="--out", where=out)
     lm = load(model, dtype=dtype, quantize=quantize)
     if top_k > lm.config.vocab_size:
         raise RequestError(f"the model has {lm.config.vocab_size} tokens", key="--top_k")
