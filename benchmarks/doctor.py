@@ -97,13 +97,13 @@ def cpu_seconds() -> float:
 
 
 PARTS = {
-    ("chunk.py", "_read"): "reading records",
+    ("examine.py", "_read"): "reading records",
     ("language.py", "language"): "languages",
     ("pii.py", "find"): "personal data",
     ("texts.py", "damage"): "damage to characters",
     ("answers.py", "phrases"): "refusals and stock phrases",
     ("rendering.py", "judge"): "rendering and tokens",
-    ("chunk.py", "_sign"): "near-duplicate signatures",
+    ("examine.py", "_sign"): "near-duplicate signatures",
     ("contamination.py", "search"): "contamination",
     ("diagnose.py", "_find_repeats"): "comparing repeats",
 }

@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 __all__ = ["load", "plan", "train"]
 
 if TYPE_CHECKING:
-    from jaxtune.recipes.language_model import load
+    from jaxtune.recipes.load import load
     from jaxtune.recipes.plan import plan
     from jaxtune.recipes.train import train
 
 _HOMES = {
-    "load": "jaxtune.recipes.language_model",
+    "load": "jaxtune.recipes.load",
     "plan": "jaxtune.recipes.plan",
     "train": "jaxtune.recipes.train",
 }

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtune.checkpoints.hf import INDEX, WEIGHTS
 from jaxtune.checkpoints.hf_directory import replaced
+from jaxtune.checkpoints.hf_tensors import INDEX, WEIGHTS
 from jaxtune.checkpoints.safetensors import TensorWriter
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten, unflatten

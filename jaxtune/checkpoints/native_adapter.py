@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtune.checkpoints.hf import FLOATS, read_json
+from jaxtune.checkpoints.hf import FLOATS
 from jaxtune.checkpoints.hf_directory import replaced
 from jaxtune.checkpoints.hf_export import gather, write_json
+from jaxtune.checkpoints.hf_tensors import read_json
 from jaxtune.checkpoints.safetensors import TensorWriter, open_tensors
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree, flatten

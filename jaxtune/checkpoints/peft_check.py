@@ -58,15 +58,25 @@ def check_tensors(
     wanted: Mapping[str, tuple[int, ...]],
     method: Method,
     copies: Collection[str] = (),
+    named: str | None = None,
 ) -> None:
-    """Refuses tensors that are missing, left over, of another shape, or not floats, by name."""
+    """Refuses tensors that are missing, left over, of another shape, or not floats, by name.
+
+    Args:
+        file: the adapter's tensors.
+        wanted: {name: shape} of what method and base want.
+        method: of the adapter.
+        copies: names of the base's own weights that may be in the file.
+        named: the base that the adapter names as its own.
+    """
+    made = f"; the adapter names {named!r} as its base" if named else ""
     missing = [name for name in wanted if name not in file.entries]
     extra = [name for name in file.entries if name not in wanted and name not in copies]
     if missing:
         hint = f" (and it holds {extra[0]!r}, which has no place)" if extra else ""
         raise RequestError(
             f"{len(missing)} of {len(wanted)} tensors are missing, the first is "
-            f"{missing[0]!r}{hint}",
+            f"{missing[0]!r}{hint}{made}",
             where=file.path,
         )
     if extra:
@@ -75,7 +85,7 @@ def check_tensors(
         hint = "; save it in PEFT with save_embedding_layers=False" if copies else ""
         raise RequestError(
             f"{len(extra)} tensors have no place in method {method.name!r} on this model, the "
-            f"first is {extra[0]!r}{hint}",
+            f"first is {extra[0]!r}{hint}{made}",
             where=file.path,
         )
     for name, shape in wanted.items():
@@ -83,7 +93,7 @@ def check_tensors(
         if entry.shape != shape or entry.dtype.name not in FLOATS:
             raise RequestError(
                 f"{name!r} is {entry.dtype.name}{list(entry.shape)}; method and base want a float "
-                f"of shape {list(shape)}",
+                f"of shape {list(shape)}{made}",
                 where=file.path,
             )
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from jaxtune.checkpoints import peft_config, peft_lora, peft_lora_write
-from jaxtune.checkpoints.hf import read_json
 from jaxtune.checkpoints.hf_directory import replaced
 from jaxtune.checkpoints.hf_export import gather, tensors_of, write_json
+from jaxtune.checkpoints.hf_tensors import read_json
 from jaxtune.checkpoints.peft_check import base_copies, check_leaves, check_tensors
 from jaxtune.checkpoints.peft_modules import (
     EMBEDDING,
@@ -61,7 +61,10 @@ def open_adapter(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], Ten
     if not directory.is_dir():
         raise RequestError("no such adapter directory", where=directory)
     if not (directory / CONFIG).is_file():
-        raise RequestError(f"the directory holds no {CONFIG}", where=directory)
+        hint = ""
+        if (directory / "checkpoints").is_dir():
+            hint = "; it is a run: name it as the model, or export its adapter with --format=peft"
+        raise RequestError(f"the directory holds no {CONFIG}{hint}", where=directory)
     if not (directory / WEIGHTS).is_file():
         hint = ""
         if (directory / "adapter_model.bin").is_file():
@@ -141,7 +144,8 @@ def load_adapter(
         saved = saved_rows(peft_config.saved_names(fields, where), config, where)
         for row, shape in saved.values():
             wanted |= {PREFIX + name: row.tensor_shape(shape) for name in row.names(shape)}
-    check_tensors(file, wanted, method, base_copies(file, wanted, config, base or {}))
+    copies = base_copies(file, wanted, config, base or {})
+    check_tensors(file, wanted, method, copies, fields.get("base_model_name_or_path"))
 
     def read(name: str) -> np.ndarray:
         return file.read(name).astype(np.float32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from jaxtune.core.errors import RequestError, nearest
@@ -186,7 +187,21 @@ def sampling(args: argparse.Namespace) -> dict[str, Any]:
 
 def names(text: str) -> tuple[str, ...]:
     """The names of a list with commas, for argparse."""
-    return tuple(filter(None, (name.strip() for name in text.split(","))))
+    found = tuple(filter(None, (name.strip() for name in text.split(","))))
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected names with commas between them; got {text!r}")
+    return found
+
+
+@contextlib.contextmanager
+def flagged(args: argparse.Namespace) -> Iterator[None]:
+    """Writes the key of a RequestError as its flag, `--format` for `format`."""
+    try:
+        yield
+    except RequestError as error:
+        if error.key not in vars(args):
+            raise
+        raise RequestError(error.message, key=f"--{error.key}", where=error.where) from None
 
 
 def require_workdir(workdir: str | None, *, remote: bool = False) -> pathlib.Path:

@@ -75,7 +75,8 @@ def run(argv: Sequence[str]) -> int:
         "density": args.density,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    report = export.export(str(found.path), args.format, out, **given)
+    with arguments.flagged(args):
+        report = export.export(str(found.path), args.format, out, **given)
     if args.json:
         print(json.dumps(report))
     else:

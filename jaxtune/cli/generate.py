@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     prompts = _prompts(args)
     options = arguments.sampling(args)
 
-    from jaxtune.recipes.language_model import load
+    from jaxtune.recipes.load import load
 
     lm = load(str(found.path), adapter=found.adapter, dtype=args.dtype)
     if args.chat:

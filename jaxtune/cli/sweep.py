@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxtune.cli import arguments
@@ -52,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
 
     console = Console()
     loaded = config_file.load(split.config, split.overrides)
-    with loaded.located():
+    with loaded.located(), _swept(split.sweeps):
         planned = sweep.plan(loaded.raw, _trials(loaded, split.sweeps))
     if args.dry_run:
         for trial in planned:
@@ -60,7 +61,12 @@ def run(argv: Sequence[str]) -> int:
         return 0
 
     from jaxtune.recipes import sweep_metrics
+    from jaxtune.recipes.base import is_run
 
+    if is_run(workdir):
+        raise RequestError(
+            "holds a run; trials go into a directory of their own", key="--workdir", where=workdir
+        )
     # What is wrong with every trial is known before a directory is made.
     with loaded.located():
         sweep.check_evaluated(planned, args.metric)
@@ -77,6 +83,17 @@ def run(argv: Sequence[str]) -> int:
     console.print(_table(rows, args.metric))
     console.print(f"written to {workdir / 'results.csv'}", highlight=False)
     return 0 if all(row.status in ("finished", "kept") for row in rows) else 1
+
+
+@contextlib.contextmanager
+def _swept(flags: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Names the flag where a RequestError is about a key that one sweeps over."""
+    try:
+        yield
+    except RequestError as error:
+        if error.where is not None or error.key not in dict(flags):
+            raise
+        raise RequestError(error.message, where=f"--sweep.{error.key}") from None
 
 
 def _trials(loaded: ConfigFile, flags: Sequence[tuple[str, str]]) -> list[Trial]:

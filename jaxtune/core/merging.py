@@ -11,19 +11,6 @@ import jax.numpy as jnp
 Combine = Callable[[jax.Array, float, jax.Array], jax.Array]
 
 
-def interpolate(base: jax.Array, tuned: jax.Array, share: float) -> jax.Array:
-    """Returns base + share · (tuned − base), in float32: WiSE-FT.
-
-    Args:
-        base, tuned: [...], a weight before and after tuning.
-        share: 0 gives the base, 1 the tuned weight.
-
-    Source: Wortsman et al. 2022, arXiv:2109.01903.
-    """
-    base = base.astype(jnp.float32)
-    return base + share * (tuned.astype(jnp.float32) - base)
-
-
 def soup(vectors: jax.Array, density: float, key: jax.Array) -> jax.Array:
     """Returns the mean [...] of task vectors [M, ...] (Wortsman et al. 2022, arXiv:2203.05482)."""
     del density, key
@@ -75,7 +62,16 @@ def combined(
     density: float,
     key: jax.Array,
 ) -> jax.Array:
-    """Returns base + share · combine(tuned − base), in float32; arguments as above."""
+    """Returns base + share · combine(tuned − base), in float32.
+
+    Args:
+        base, tuned: [...], a weight before tuning, and behind it in each model.
+        combine: of `COMBINE`.
+        share: 0 gives the base, 1 what was tuned; between them WiSE-FT (Wortsman et al. 2022,
+            arXiv:2109.01903).
+        density: part of each task vector that TIES and DARE keep.
+        key: of what DARE drops.
+    """
     base = base.astype(jnp.float32)
     vectors = jnp.stack([weight.astype(jnp.float32) - base for weight in tuned])
     return base + share * combine(vectors, density, key)

@@ -26,7 +26,8 @@ from jaxtune.recipes.base import is_run
 from jaxtune.recipes.eval_data import PAIRS, Entry, entries_of, open_one, questions_of
 from jaxtune.recipes.evaluate_pairs import pair_loss
 from jaxtune.recipes.judge import COMPARING, GRADING, open_judge
-from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.language_model import LanguageModel
+from jaxtune.recipes.load import load
 from jaxtune.recipes.reward import measured_loss
 from jaxtune.recipes.rows import alone
 from jaxtune.recipes.schema import resolve

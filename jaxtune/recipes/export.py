@@ -17,7 +17,8 @@ from jaxtune.core.errors import RequestError
 from jaxtune.models.families.registry import RUN_FIELDS
 from jaxtune.recipes.base import BASE, is_run
 from jaxtune.recipes.combine import Mix, mixed
-from jaxtune.recipes.language_model import DEFAULT, LanguageModel, load
+from jaxtune.recipes.language_model import LanguageModel
+from jaxtune.recipes.load import DEFAULT, load
 from jaxtune.recipes.model_card import model_card
 from jaxtune.training.workdir import read_json
 
@@ -57,7 +58,7 @@ def export(
             the source by default.
         others, merge, tuned_share, density: draw the run towards its base, or merge other runs
             into it; see `combine.Mix`.
-        pick: which checkpoint of the run; see `language_model.load`.
+        pick: which checkpoint of the run; see `recipes.load`.
 
     Returns:
         {"out", "format", "dtype", "max_logit_error", "bound"}; errors are relative to the

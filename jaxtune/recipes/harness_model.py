@@ -17,7 +17,8 @@ from tqdm import tqdm
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.evaluate.continuations import Request, Score, positions, score
 from jaxtune.generate import stops
-from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.language_model import LanguageModel
+from jaxtune.recipes.load import load
 
 # Tokens that a task may write when it does not say how many, as in lm_eval's `hf`.
 NEW_TOKENS = 256

@@ -80,7 +80,7 @@ def _values(key: str, text: str) -> list[Any]:
     # commas inside brackets or quotes belong to a value
     pieces = re.findall(r"(?:\[[^\]]*\]|\([^)]*\)|\{[^}]*\}|'[^']*'|\"[^\"]*\"|[^,])+", text)
     if not pieces:
-        raise RequestError("expected --sweep.KEY=VALUE,VALUE", key=key)
+        raise RequestError("expected --sweep.KEY=VALUE,VALUE", where=f"--sweep.{key}")
     return [parse(key, piece.strip()) for piece in pieces]
 
 

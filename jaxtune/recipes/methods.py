@@ -14,6 +14,7 @@ from jaxtune.peft.lora import Lora
 from jaxtune.peft.method import SCORE, Method, is_routed, targeted
 from jaxtune.peft.registry import METHODS
 from jaxtune.recipes.schema_keys import KEYS
+from jaxtune.recipes.schema_values import unquoted
 
 
 def make_method(peft: Any, tokenizer: Tokenizer | None) -> Method:
@@ -119,7 +120,8 @@ def check_targets(method: Method, config: ModelConfig) -> None:
         if not any(targeted(chosen, path) for path in linears):
             short = sorted({path.rsplit("/", 1)[-1] for path in linears})
             raise RequestError(
-                f"{name!r} is no linear layer of this model; there are {', '.join(short)}",
+                f"{name!r} is no linear layer of this model; there are {', '.join(short)}"
+                f"{unquoted(name)}",
                 key="peft.targets",
             )
 

@@ -110,6 +110,9 @@ def _step(node: Any, part: str | int, path: str, fresh: type) -> Any:
 
 
 def _no_way(node: Any, part: str | int, path: str) -> RequestError:
+    if isinstance(node, list) and isinstance(part, str):
+        whole, _, rest = path.partition(f".{part}")
+        return RequestError(f"{whole} is a list; name an entry: {whole}[0].{part}{rest}", key=path)
     if isinstance(node, list):
         return RequestError(f"{part!r} is no index of a list of {len(node)}", key=path)
     return RequestError(f"there is no {part!r} in {node!r}", key=path)

@@ -15,7 +15,7 @@ from jaxtune.data.stream import Budget
 from jaxtune.peft.method import Method
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
-from jaxtune.recipes.language_model import load
+from jaxtune.recipes.load import load
 from jaxtune.rl.rewards.named import build_rewards
 from jaxtune.rl.rewards.reward import Reward, check_columns
 

@@ -20,7 +20,8 @@ from jaxtune.data.order import Order
 from jaxtune.generate import sampler
 from jaxtune.recipes import replay_file
 from jaxtune.recipes.base import from_hf, is_run
-from jaxtune.recipes.language_model import LanguageModel, load
+from jaxtune.recipes.language_model import LanguageModel
+from jaxtune.recipes.load import load
 from jaxtune.recipes.replay_starts import check_room, starts_of
 from jaxtune.recipes.runs import base_of_run
 

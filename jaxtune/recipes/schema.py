@@ -175,12 +175,45 @@ def _flatten(tree: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+# What transformers, PEFT and TRL call a key.
+OTHER_NAMES = {
+    "model_name_or_path": "model.path",
+    "gradient_checkpointing": "model.remat",
+    "load_in_4bit": "model.quantize",
+    "load_in_8bit": "model.quantize",
+    "r": "peft.rank",
+    "lora_r": "peft.rank",
+    "lora_alpha": "peft.alpha",
+    "lora_dropout": "peft.dropout",
+    "target_modules": "peft.targets",
+    "modules_to_save": "peft.train",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "per_device_train_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "max_steps": "total_steps",
+    "num_train_epochs": "total_epochs",
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "max_grad_norm": "optim.clip_norm",
+    "adam_beta1": "optim.b1",
+    "adam_beta2": "optim.b2",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "eval.every_steps",
+    "logging_steps": "log.every_steps",
+    "num_generations": "objective.samples",
+    "max_completion_length": "objective.max_new_tokens",
+}
+
+
 def _require_known(section: str, name: str) -> None:
     path = f"{section}.{name}" if section else name
     if path in BY_PATH:
         return
     siblings = children(section)
-    hint = nearest(name, siblings)
+    hint = f" (did you mean {OTHER_NAMES[name]!r}?)" if name in OTHER_NAMES else ""
+    hint = hint or nearest(name, siblings)
     if not hint:  # perhaps the right name in the wrong place
         elsewhere = [key.path for key in KEYS if key.name == name] + [
             f"{key.path}[0].{inner.name}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from jaxtune.recipes.schema_eval import EVAL_KEYS
 from jaxtune.recipes.schema_key import ABSENT, REQUIRED, Key
 from jaxtune.recipes.schema_objective import OBJECTIVE
+from jaxtune.recipes.schema_optim import OPTIM
+from jaxtune.recipes.schema_peft import PEFT
 from jaxtune.recipes.schema_retention import retention_keys
 
 PRESETS = (
@@ -25,31 +27,12 @@ PRESETS = (
     "qwen3-30b-a3b",
     "llama3.1-70b",
 )
-METHODS = ("full", "lora", "adapter", "prompt", "prefix", "ia3", "bitfit")
-PARTIAL = METHODS[1:]
 ATTENTION = ("auto", "xla", "splash", "cudnn", "ring")
-OPTIMIZERS = ("adamw", "adafactor", "lion", "sgd", "muon")
-SCHEDULES = ("constant", "linear", "cosine", "wsd")
 FORMATS = (
     "chat", "completion", "instruction", "text", "tokens",
     "preference", "unpaired", "ranked", "stepwise", "prompt",
 )  # fmt: skip
 DURATION_UNITS = ("steps", "epochs", "examples", "tokens")
-
-_LATER = "is not available in this version of jaxtune"
-
-
-def _method(*values: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return (("peft.method", values),)
-
-
-def _optimizer(*values: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return (("optim.name", values),)
-
-
-def _schedule(*values: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    return (("optim.schedule", values),)
-
 
 _SOURCE = Key(
     "source",
@@ -140,122 +123,6 @@ _MODEL = (
     Key("model.overrides", "table", {}, "fields of ModelConfig that replace the loaded ones"),
 )
 
-_PEFT = (
-    Key("peft.method", "choice", "full", "which partition is trained", choices=METHODS),
-    Key("peft.rank", "int", 8, "inner dimension r", low=1, used_by=_method("lora"), stored=True),
-    Key(
-        "peft.alpha",
-        "float",
-        16.0,
-        "the update is scaled by alpha / r (rslora: alpha / sqrt(r))",
-        above=0,
-        used_by=_method("lora"),
-        stored=True,
-    ),
-    Key(
-        "peft.dropout",
-        "float",
-        0.0,
-        "dropout on the adapter's input in training",
-        low=0,
-        below=1,
-        used_by=_method("lora"),
-    ),
-    Key(
-        "peft.targets",
-        "targets",
-        "all-linear",
-        "modules that are adapted: all-linear, a regex of the path, or names",
-        used_by=_method("lora", "ia3", "bitfit"),
-        defaults={"ia3": ("k_proj", "v_proj", "down_proj")},
-        stored=True,
-    ),
-    Key(
-        "peft.variant",
-        "choice",
-        "lora",
-        "scale and parametrisation",
-        choices=("lora", "rslora", "dora", "pissa"),
-        used_by=_method("lora"),
-        stored=True,
-    ),
-    Key(
-        "peft.ratio",
-        "float",
-        1.0,
-        "LoRA+: learning rate of B over that of A",
-        above=0,
-        used_by=_method("lora"),
-    ),
-    Key(
-        "peft.bottleneck",
-        "int",
-        64,
-        "inner width",
-        low=1,
-        used_by=_method("adapter"),
-        stored=True,
-    ),
-    Key(
-        "peft.placement",
-        "choice",
-        "houlsby",
-        "where the adapters stand",
-        choices=("houlsby", "pfeiffer", "parallel"),
-        used_by=_method("adapter"),
-        stored=True,
-    ),
-    Key(
-        "peft.activation",
-        "choice",
-        "gelu",
-        "between down and up projection",
-        choices=("gelu", "relu", "silu"),
-        used_by=_method("adapter"),
-        stored=True,
-    ),
-    Key(
-        "peft.num_tokens",
-        "int",
-        20,
-        "virtual tokens",
-        low=1,
-        used_by=_method("prompt", "prefix"),
-        stored=True,
-    ),
-    Key(
-        "peft.init",
-        "choice",
-        "vocab",
-        "initial value of the prompt",
-        choices=("vocab", "text", "random"),
-        used_by=_method("prompt"),
-        stored=True,
-    ),
-    Key(
-        "peft.init_text",
-        "text",
-        REQUIRED,
-        "text whose embeddings start the prompt",
-        used_by=(("peft.method", ("prompt",)), ("peft.init", ("text",))),
-    ),
-    Key(
-        "peft.train",
-        "patterns",
-        (),
-        "path regexes trained besides the method's own; for full: the only ones (empty: all)",
-    ),
-    Key(
-        "peft.init_from",
-        "path",
-        None,
-        "adapter directory (PEFT, or format jaxtune) that training starts from; it says the keys "
-        "of its method but dropout and ratio",
-        optional=True,
-        used_by=_method(*PARTIAL),
-    ),
-)
-
 _DATA = (
     Key("data.train", "entries", REQUIRED, "sources of training examples", entry=TRAIN_ENTRY),
     Key("data.eval", "entries", (), "sources of held-out examples", entry=HELD_ENTRY),
@@ -288,105 +155,6 @@ _LENGTH = (
     Key("total_epochs", "float", ABSENT, "length of the run in epochs", above=0),
     Key("total_examples", "int", ABSENT, "length of the run in examples", low=1, high=2**53),
     Key("total_tokens", "int", ABSENT, "length of the run in tokens", low=1, high=2**53),
-)
-
-_ADAM = ("adamw", "lion", "muon")
-_DECAYING = ("linear", "cosine", "wsd")
-
-_OPTIM = (
-    Key("optim.name", "choice", "adamw", "optimizer", choices=OPTIMIZERS),
-    Key("optim.lr", "float", REQUIRED, "peak learning rate", above=0),
-    Key("optim.schedule", "choice", "constant", "shape after warm-up", choices=SCHEDULES),
-    Key("optim.warmup_steps", "int", ABSENT, "linear warm-up in steps", low=0),
-    Key("optim.warmup_epochs", "float", ABSENT, "linear warm-up in epochs", low=0),
-    Key("optim.warmup_examples", "int", ABSENT, "linear warm-up in examples", low=0, high=2**53),
-    Key("optim.warmup_tokens", "int", ABSENT, "linear warm-up in tokens", low=0, high=2**53),
-    Key(
-        "optim.warmup_ratio", "float", ABSENT, "linear warm-up as a share of the run", low=0, high=1
-    ),
-    Key(
-        "optim.end_lr_ratio",
-        "float",
-        0.0,
-        "last learning rate over the peak",
-        low=0,
-        high=1,
-        used_by=_schedule(*_DECAYING),
-    ),
-    Key(
-        "optim.decay_ratio",
-        "float",
-        0.1,
-        "share of the run that decays",
-        above=0,
-        high=1,
-        used_by=_schedule("wsd"),
-    ),
-    Key(
-        "optim.b1",
-        "float",
-        0.9,
-        "decay of the first moment",
-        low=0,
-        below=1,
-        used_by=_optimizer(*_ADAM),
-    ),
-    Key(
-        "optim.b2",
-        "float",
-        0.999,
-        "decay of the second moment (lion: of the momentum)",
-        low=0,
-        below=1,
-        used_by=_optimizer(*_ADAM),
-        defaults={"lion": 0.99},
-    ),
-    Key(
-        "optim.eps",
-        "float",
-        1e-8,
-        "added to the denominator",
-        above=0,
-        used_by=_optimizer("adamw", "muon"),
-    ),
-    Key(
-        "optim.momentum",
-        "float",
-        0.9,
-        "decay of the momentum",
-        low=0,
-        below=1,
-        used_by=_optimizer("sgd", "muon"),
-        defaults={"muon": 0.95},
-    ),
-    Key("optim.weight_decay", "float", 0.0, "decoupled weight decay", low=0),
-    Key(
-        "optim.clip_norm",
-        "float",
-        1.0,
-        "global norm over the trainables; None: off",
-        above=0,
-        optional=True,
-    ),
-    Key(
-        "optim.layer_decay",
-        "float",
-        1.0,
-        "factor of the learning rate from each block to the one below it",
-        above=0,
-        high=1,
-    ),
-    Key(
-        "optim.groups",
-        "groups",
-        (),
-        "{path regex: {lr_scale, weight_decay}}; the first that matches wins",
-        entry=(
-            Key("pattern", "regex", REQUIRED, "path regex"),
-            Key("lr_scale", "float", 1.0, "factor on the learning rate", low=0),
-            Key("weight_decay", "float", None, "None: the optimizer's own", low=0, optional=True),
-        ),
-    ),
 )
 
 _MESH = (
@@ -450,11 +218,11 @@ _RUN = (
 KEYS: tuple[Key, ...] = (
     Key("seed", "int", 0, "of initialisation, order and dropout", low=0, high=2**32 - 1),
     *_MODEL,
-    *_PEFT,
+    *PEFT,
     *OBJECTIVE,
     *_DATA,
     *_LENGTH,
-    *_OPTIM,
+    *OPTIM,
     *_MESH,
     *_RUN,
     *retention_keys(EVAL_ENTRY),

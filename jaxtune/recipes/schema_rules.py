@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import collections
-import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes import schema_rules_online
+from jaxtune.recipes import schema_rules_data, schema_rules_online
 from jaxtune.recipes.schema_eval import check_answers
 from jaxtune.recipes.schema_formats import (
     FORMATS_OF,
-    NOT_GIVEN,
-    check_formats,
-    check_overlong,
 )
 from jaxtune.recipes.schema_keys import DURATION_UNITS
 from jaxtune.recipes.schema_retention import BOUNDS, check_measured
@@ -23,8 +17,6 @@ from jaxtune.recipes.schema_retention import BOUNDS, check_measured
 Values = dict[str, Any]
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
-_CHAT_FORMATS = ("chat", "instruction", "preference", "unpaired", "ranked", "stepwise", "prompt")
-_TRAINS_ALL = ("text", "tokens")
 
 
 def apply(values: Values, given: Mapping[str, Any]) -> Values:
@@ -40,7 +32,7 @@ def apply(values: Values, given: Mapping[str, Any]) -> Values:
     values = dict(values)
     _model(values)
     _peft(values)
-    _data(values)
+    schema_rules_data.apply(values)
     _teacher(values)
     _length(values)
     _optim(values)
@@ -89,63 +81,6 @@ def _peft(values: Values) -> None:
             )
 
 
-def _data(values: Values) -> None:
-    train, held_out = values["data.train"], values["data.eval"]
-    if not train:
-        raise RequestError("is empty: give at least one {source, format}", key="data.train")
-    for section, entries in (("train", train), ("eval", held_out)):
-        for i, entry in enumerate(entries):
-            if entry["source"].startswith("text:") and entry["format"] != "text":
-                raise RequestError(
-                    f"{entry['format']!r} cannot be read from {entry['source']!r}: a text: source "
-                    "is one document, of format 'text'",
-                    key=f"data.{section}[{i}].format",
-                )
-    if values["objective.name"] == "pretrain":
-        for i, entry in enumerate(train):
-            if entry["format"] not in _TRAINS_ALL:
-                raise RequestError(
-                    f"{entry['format']!r} contradicts objective.name = 'pretrain', which trains on "
-                    "every token: use format 'text' or 'tokens', or objective.name = 'sft'",
-                    key=f"data.train[{i}].format",
-                )
-    check_formats(values["objective.name"], "train", train)
-    check_formats(values["objective.name"], "eval", held_out)
-    if values["objective.name"] == "kto" and values["data.packing"]:
-        raise RequestError(
-            "contradicts objective.name = 'kto': each row is matched with one of another prompt",
-            key="data.packing",
-        )
-    check_overlong(values["objective.name"], values["data.overlong"])
-    formats = {entry["format"] for entry in (*train, *held_out)}
-    if values.get("objective.centering") and formats != {"preference"}:
-        raise RequestError(
-            f"is for pairs, of format 'preference'; here are {sorted(formats)}",
-            key="objective.centering",
-        )
-    if values["data.template"] is not None and not formats & set(_CHAT_FORMATS):
-        raise RequestError(
-            f"is used only by the formats that hold messages; here are {sorted(formats)}",
-            key="data.template",
-        )
-    texts = {e["format"] for e in (*train, *held_out) if e["source"] != NOT_GIVEN} - {"tokens"}
-    if values["model.path"] is None and values["model.tokenizer"] is None and texts:
-        raise RequestError(
-            f"missing: model.preset = {values['model.preset']!r} brings no tokenizer, and format "
-            f"{min(texts)!r} needs one",
-            key="model.tokenizer",
-        )
-    virtual = values.get("peft.num_tokens", 0)
-    if values["peft.method"] == "prompt" and virtual >= values["data.seq_len"]:
-        raise RequestError(
-            f"{virtual} virtual tokens leave no room in data.seq_len = {values['data.seq_len']}",
-            key="peft.num_tokens",
-        )
-    values["data.eval"] = _named(held_out, "data.eval")
-    for key in ("retention.data", "retention.tasks"):
-        values[key] = _named(values[key], key)
-
-
 def _teacher(values: Values) -> None:
     if values["objective.name"] != "distill":
         return
@@ -162,35 +97,6 @@ def _teacher(values: Values) -> None:
         )
 
 
-def _named(entries: tuple[dict[str, Any], ...], key: str) -> tuple[dict[str, Any], ...]:
-    """Names each evaluation source: the given name, the file's stem, or stem-index."""
-    stems = [entry["name"] or _stem(entry["source"]) for entry in entries]
-    counts = collections.Counter(stems)
-    named, seen = [], set()
-    for i, (entry, stem) in enumerate(zip(entries, stems, strict=True)):
-        name = stem if entry["name"] or counts[stem] == 1 else f"{stem}-{i}"
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise RequestError(
-                f"expected letters, digits, '_', '-' and '.'; got {name!r}",
-                key=f"{key}[{i}].name",
-            )
-        if name in seen:
-            raise RequestError(f"{name!r} is taken", key=f"{key}[{i}].name")
-        seen.add(name)
-        named.append({**entry, "name": name})
-    return tuple(named)
-
-
-def _stem(source: str) -> str:
-    kind, _, rest = source.partition(":")
-    if kind == "tfds":
-        name, *_, split = rest.split(":")
-        text = f"{pathlib.PurePath(name).name}-{split}"
-    else:
-        text = pathlib.PurePath(rest).name.partition(".")[0]
-    return re.sub(r"[^\w.-]+", "-", text) or "eval"
-
-
 def _length(values: Values) -> None:
     totals = [f"total_{unit}" for unit in DURATION_UNITS if f"total_{unit}" in values]
     if not totals:
@@ -199,7 +105,9 @@ def _length(values: Values) -> None:
             key="total_steps",
         )
     if len(totals) > 1:
-        raise RequestError(f"contradicts {totals[0]}: give one of them", key=totals[1])
+        raise RequestError(
+            f"contradicts {totals[0]}: give one of them (None takes one back)", key=totals[1]
+        )
     batch, parts = values["batch_size"], values["grad_accum"]
     if batch * values["data.seq_len"] >= 2**31:
         raise RequestError(
@@ -214,7 +122,9 @@ def _length(values: Values) -> None:
 def _optim(values: Values) -> None:
     warmups = [key for key in values if key.startswith("optim.warmup_")]
     if len(warmups) > 1:
-        raise RequestError(f"contradicts {warmups[0]}: give one of them", key=warmups[1])
+        raise RequestError(
+            f"contradicts {warmups[0]}: give one of them (None takes one back)", key=warmups[1]
+        )
     for key in warmups:
         total = f"total_{key.removeprefix('optim.warmup_')}"
         if total in values and values[key] > values[total]:

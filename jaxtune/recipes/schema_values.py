@@ -75,7 +75,21 @@ def _expected(key: Key) -> str:
 
 def _wrong(key: Key, value: Any, path: str) -> RequestError:
     none = " or None" if key.optional else ""
-    return RequestError(f"expected {_expected(key)}{none}; got {value!r}", key=path)
+    text = f"expected {_expected(key)}{none}; got {value!r}{unquoted(value)}"
+    return RequestError(text, key=path)
+
+
+def unquoted(value: Any) -> str:
+    """Returns a hint if a list came as text, as it does once a shell has taken its quotes.
+
+    >>> unquoted("[a, b]")
+    '; the strings of a list are quoted, and so is the flag: \\'--config.KEY=["a", "b"]\\''
+    >>> unquoted("[ab]_proj")
+    ''
+    """
+    if not isinstance(value, str) or not re.fullmatch(r"\[[^\[\]'\"]*\]", value):
+        return ""
+    return '; the strings of a list are quoted, and so is the flag: \'--config.KEY=["a", "b"]\''
 
 
 def _number(key: Key, value: Any, path: str) -> int | float:

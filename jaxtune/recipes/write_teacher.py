@@ -13,7 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.batches import placed_batches
 from jaxtune.parallel.batches import global_batch
 from jaxtune.recipes.eval_data import Entry, open_one
-from jaxtune.recipes.language_model import load
+from jaxtune.recipes.load import load
 from jaxtune.recipes.scores import most_likely
 from jaxtune.recipes.teacher_data import write_one
 
@@ -47,8 +47,11 @@ def write_teacher(
         {"directory", "targets", "top_k", "mass": mean probability of the kept tokens}.
 
     Raises:
-        RequestError: model or data cannot be read, or top_k is more than the vocabulary.
+        RequestError: model or data cannot be read, `out` is a file, or top_k is more than the
+            vocabulary.
     """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise RequestError("is not a directory", key="--out", where=out)
     lm = load(model, dtype=dtype, quantize=quantize)
     if top_k > lm.config.vocab_size:
         raise RequestError(f"the model has {lm.config.vocab_size} tokens", key="--top_k")

@@ -28,8 +28,9 @@ class ProgressDisplay:
     """
 
     def __init__(self, console: Console | None, total: int, start: int):
-        self.console, self.total = console, total
-        self.began, self.start, self.printed = time.monotonic(), start, -float("inf")
+        self.console, self.total, self.start = console, total, start
+        self.began: float | None = None
+        self.printed = -float("inf")
         self.bar: Progress | None = None
         if console is not None and console.is_terminal:
             self.bar = Progress(
@@ -59,13 +60,17 @@ class ProgressDisplay:
 
     def update(self, step: int, loss: float, rate: float) -> None:
         """Shows a step; away from a terminal, one line in ten seconds, and the last."""
-        note = f"loss {loss:.4f}  {rate:,.0f} tokens/s"
+        now = time.monotonic()
+        note = f"loss {loss:.4f}" + (f"  {rate:,.0f} tokens/s" if rate else "")
         if self.bar is not None:
             self.bar.update(self.task, completed=step, note=note)
-            return
-        now = time.monotonic()
-        due = now - self.printed >= SECONDS_BETWEEN_LINES or step == self.total
-        if self.console is not None and due:
+        elif self.console is not None and (
+            now - self.printed >= SECONDS_BETWEEN_LINES or step == self.total
+        ):
             self.printed = now
-            left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
-            self.console.print(f"step {step}/{self.total}  {note}  {left:.0f} s left")
+            if self.began is not None:
+                left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
+                note = f"{note}  {left:.0f} s left"
+            self.console.print(f"step {step}/{self.total}  {note}")
+        if self.began is None:  # the time before is the compiler's
+            self.began, self.start = now, step

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxtune.checkpoints.hf import INDEX, load_params, read_config
+from jaxtune.checkpoints.hf import load_params, read_config
 from jaxtune.checkpoints.hf_directory import MARKER, replaced
 from jaxtune.checkpoints.hf_export import config_of, save_hf
+from jaxtune.checkpoints.hf_tensors import INDEX
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import flatten, map_paths
 from jaxtune.data.tokenizer import load_tokenizer

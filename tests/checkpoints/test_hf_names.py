@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxtune.checkpoints.hf import WEIGHTS, load_params, read_config
+from jaxtune.checkpoints.hf import load_params, read_config
 from jaxtune.checkpoints.hf_export import save_hf
+from jaxtune.checkpoints.hf_tensors import WEIGHTS
 from jaxtune.core.errors import RequestError
 from jaxtune.models.families import registry
 from tests.checkpoints.world import BASE, random_params

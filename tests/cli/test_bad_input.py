@@ -20,7 +20,7 @@ from jaxtune.cli.main import main
 from tests.cli import bad_world
 from tests.correctness import interrupts
 from tests.correctness.tiny_runs import tree_hash
-from tests.goldens.tiny import write_llama
+from tests.goldens.tiny import write_adapter, write_llama
 
 NEW = ("train", "--config=config.json", "--workdir=new")
 RUN = ("train", "--config=config.json", "--workdir=run")
@@ -65,6 +65,8 @@ def check(capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], texts: 
 CONFIGS: list[tuple[str, ...]] = [
     ("--config.sede=1", "sede", "did you mean 'seed'"),
     ("--config.optim.lrr=1", "optim.lrr", "'lr'"),
+    ("--config.optim.learning_rate=1", "optim.learning_rate", "did you mean 'optim.lr'"),
+    ("--config.model.add_tokens=[a]", "model.add_tokens", "strings of a list are quoted"),
     ("--config.seed=-1", "seed", "≥ 0"),
     ("--config.peft.rank=0", "peft.rank", "≥ 1"),
     ("--config.peft.rank=2.5", "peft.rank", "integer"),
@@ -73,8 +75,10 @@ CONFIGS: list[tuple[str, ...]] = [
     ("--config.peft.dropout=1.0", "peft.dropout", "< 1"),
     ("--config.peft.targets=no_proj", "peft.targets", "no_proj"),
     ("--config.peft.targets=(", "peft.targets", "not a regular expression"),
+    ("--config.peft.targets=[q_proj,v_proj]", "peft.targets", "strings of a list are quoted"),
     ("--config.peft.train=['nothing/.*']", "nothing/.*", "match"),
     ("--config.peft.init_from=nowhere", "nowhere"),
+    ("--config.peft.init_from=run", "run: ", "--format=peft"),
     ("--config.peft.init_from=prefix", "peft.init_from", "prefix", "not lora"),
     ("--config.model.preset=tiny-1m", "model.preset", "contradicts model.path"),
     ("--config.model.path=modle", "modle"),
@@ -90,6 +94,7 @@ CONFIGS: list[tuple[str, ...]] = [
     ("--config.data.seq_len=5", "train.jsonl:1", "data.overlong"),
     ("--config.data.overlong=cut", "data.overlong", "truncate"),
     ("--config.data.train=[]", "data.train", "empty"),
+    ("--config.data.train.source=jsonl:train.jsonl", "is a list", "data.train[0].source"),
     ("--config.data.train[0].format=caht", "data.train[0].format", "'chat'"),
     ("--config.data.train[0].format=completion", "train.jsonl:1", "prompt"),
     ("--config.data.train[0].format=preference", "data.train[0].format", "is read by dpo"),
@@ -361,6 +366,11 @@ def adapter_config(**fields: object) -> Callable[[], None]:
     return write
 
 
+def adapter_of_another_base() -> None:
+    write_adapter(Path("adapter"), "lora", write_llama(Path("other"), num_hidden_layers=1))
+    shutil.rmtree("other")
+
+
 def foreign_file() -> None:
     Path("out").mkdir()
     Path("out/thesis.tex").write_text("mine")
@@ -369,6 +379,8 @@ def foreign_file() -> None:
 ADAPTED = ("eval", "--model=model", "--adapter=adapter", "--data=jsonl:held.jsonl", "--format=chat")
 PREPARE = ("data", "prepare", "--format=chat", "--name=mine", "--out=sets")
 GENERATE = ("generate", "--model=model")
+SWEEP = ("sweep", "--config=config.json")
+TEACHER = ("data", "teacher", "--model=model", "--source=jsonl:train.jsonl", "--format=chat")
 nothing = lambda: None  # noqa: E731
 # What is done, the command, and what the line names and says.
 VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
@@ -378,6 +390,7 @@ VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
     ("budget", nothing, ("train", "--config=config.json", "--workdir=w", "--budget=9"), ["20USD"]),
     ("eval_model", nothing, ("eval", "--model=no", *ADAPTED[3:]), ["no"]),
     ("eval_data", nothing, (*ADAPTED[:3], "--data=jsonl:no", "--format=chat"), ["--data", "no"]),
+    ("eval_labels", nothing, (*ADAPTED, "--labels="), ["--labels", "names"]),
     ("eval_tasks", nothing, ("eval", "--model=model", "--tasks=arc"), ["--tasks"]),
     ("eval_run", remove("run/checkpoints"), ("eval", "--workdir=run"), ["run"]),
     (
@@ -391,6 +404,7 @@ VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
     ("adapter_weights", remove("adapter/adapter_model.safetensors"), ADAPTED, ["adapter"]),
     ("adapter_type", adapter_config(peft_type="OFT"), ADAPTED, ["adapter_config.json", "OFT"]),
     ("adapter_rank", adapter_config(r=7), ADAPTED, ["adapter"]),
+    ("adapter_base", adapter_of_another_base, ADAPTED, ["adapter", "names 'other' as its base"]),
     ("adapter_extra", adapter_config(rank_pattern={"q": 0.5}), ADAPTED, ["rank_pattern"]),
     ("generate_prompt", nothing, (*GENERATE, "--prompts=no.jsonl"), ["no.jsonl"]),
     ("generate_empty", nothing, (*GENERATE, ""), ["prompt"]),
@@ -407,7 +421,7 @@ VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
         ("export", "--workdir=run", "--format=hf", "--out=out"),
         ["tex"],
     ),
-    ("export_base", nothing, ("export", "--model=model", "--format=peft", "--out=x"), ["peft"]),
+    ("export_base", nothing, ("export", "--model=model", "--format=peft", "--out=x"), ["--format"]),
     ("export_empty", nothing, ("export", "--model=sets", "--format=hf", "--out=x"), ["--model"]),
     ("prepare_line", text("bad", "{}"), (*PREPARE, "--source=jsonl:bad"), ["bad:1", "messages"]),
     ("prepare_name", nothing, (*PREPARE, "--source=jsonl:train.jsonl", "--name=A b"), ["A b"]),
@@ -425,6 +439,10 @@ VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
     ),
     ("inspect_config", nothing, ("data", "inspect", "--config=no.py"), ["no.py"]),
     ("sweep", nothing, ("sweep", "--config=config.json", "--workdir=s"), ["nothing to sweep"]),
+    ("sweep_key", nothing, (*SWEEP, "--sweep.optim.lrr=1,2", "--workdir=s"), ["--sweep.optim.lrr"]),
+    ("sweep_value", nothing, (*SWEEP, "--sweep.optim.lr=", "--workdir=s"), ["--sweep.optim.lr"]),
+    ("sweep_run", nothing, (*SWEEP, "--sweep.seed=1,2", "--workdir=run"), ["run: --workdir"]),
+    ("teacher_out", nothing, (*TEACHER, "--out=train.jsonl"), ["train.jsonl: --out"]),
     ("distributed", nothing, (*NEW, "--distributed=here"), ["--distributed", "HOST:PORT"]),
     ("store", nothing, (*NEW[:2], "--workdir=ftp://a/b"), ["--workdir", "gs://"]),
     (

@@ -70,7 +70,7 @@ def works(world: Path, recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     recipe("train", train=noting("train", types.SimpleNamespace(summary=summary)))
     recipe("evaluate", evaluate=noting("evaluate", {"loss": 1.0}))
     recipe("export", export=noting("export", {"out": "x"}))
-    recipe("language_model", load=noting("load", lm))
+    recipe("load", load=noting("load", lm))
     recipe("quickstart", main=noting("quickstart", 0))
     samples = {"num": 1, "new_tokens": 1, "ended": 1, "longest": 1}
     recipe("replay", write_replay=noting("write_replay", samples))

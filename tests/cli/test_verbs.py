@@ -116,7 +116,7 @@ def model(recipe) -> Model:
         lm.loaded = (path, adapter, dtype)
         return lm
 
-    recipe("language_model", load=load)
+    recipe("load", load=load)
     return lm
 
 
@@ -204,7 +204,7 @@ def test_chat_keeps_the_conversation(cli, recipe, monkeypatch, tmp_path: pathlib
 
     lines = iter(["Hi", "", "And?", "/reset", "New", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    recipe("language_model", load=lambda *args, **kwargs: Talker())
+    recipe("load", load=lambda *args, **kwargs: Talker())
     outcome = cli("generate", f"--model={tmp_path}", "--chat", "--system=Be kind.")
     assert outcome.out == "answer 7\n" * 3
     assert [[m["role"] for m in messages] for messages in seen] == [

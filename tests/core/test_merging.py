@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtune.core.merging import COMBINE, combined, dare, interpolate, ties
+from jaxtune.core.merging import COMBINE, combined, dare, soup, ties
 
 KEY = jax.random.key(0)
 
@@ -45,7 +45,8 @@ def test_dare_keeps_the_expected_vector():
 def test_interpolation_is_linear_between_base_and_tuned():
     base, tuned = jnp.array([1.0, -2.0], jnp.bfloat16), jnp.array([3.0, 2.0])
     for share, wanted in ((0.0, [1, -2]), (1.0, [3, 2]), (0.25, [1.5, -1]), (1.5, [4, 4])):
-        np.testing.assert_allclose(interpolate(base, tuned, share), wanted)
+        found = combined(base, [tuned], soup, share=share, density=1.0, key=KEY)
+        np.testing.assert_allclose(found, wanted)
 
 
 @pytest.mark.parametrize("name", COMBINE)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from jaxtune.models.config import Experts
-from jaxtune.models.experts import AXES, mixture, sorted_rows, unsorted_rows
+from jaxtune.models.experts import AXES, mixture
 from jaxtune.models.layers import gated_activation
 from jaxtune.models.routing import Routing, balance
+from jaxtune.models.sorted_rows import sorted_rows, unsorted_rows
 
 B, T, D, F = 2, 5, 8, 12
 CASES = {

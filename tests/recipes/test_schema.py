@@ -15,7 +15,9 @@ import pytest
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes.schema import Resolved, changes, plain, resolve
-from jaxtune.recipes.schema_keys import BY_PATH, KEYS, METHODS, OPTIMIZERS, SCHEDULES
+from jaxtune.recipes.schema_keys import BY_PATH, KEYS
+from jaxtune.recipes.schema_optim import OPTIMIZERS, SCHEDULES
+from jaxtune.recipes.schema_peft import METHODS
 
 SOURCE = "jsonl:train.jsonl"
 

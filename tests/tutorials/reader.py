@@ -21,7 +21,7 @@ PRETRAIN_STEPS = 60  # the pages' base need not know much, only be a language mo
 
 def pretrain(workdir: Path) -> None:
     """Makes the part of `runs/quickstart` that the pages use, from a shorter pretraining."""
-    from jaxtune.recipes.language_model import load
+    from jaxtune.recipes.load import load
     from jaxtune.recipes.train import train
 
     paths = texts.write(workdir / "texts")

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.doctor import contamination, duplicates, minhash
-from jaxtune.data.doctor.chunk import Chunk, Context, Shown, excerpt
+from jaxtune.data.doctor.chunk import Chunk, Shown
+from jaxtune.data.doctor.examine import Context, excerpt
 from jaxtune.data.doctor.groups import Answers
 from jaxtune.data.doctor.kinds import BIT
 from jaxtune.data.doctor.language import UNKNOWN

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxtune.data.doctor import contamination, texts
-from jaxtune.data.doctor.chunk import Chunk, Context, examine, row_text
+from jaxtune.data.doctor.chunk import Chunk
+from jaxtune.data.doctor.examine import Context, examine, row_text
 from jaxtune.data.doctor.ngrams import characters, jaccard
 from jaxtune.data.doctor.rows import Rows, Span
 from jaxtune.data.doctor.settings import Settings

@@ -118,7 +118,7 @@ def main(
         )
     # Here, so that `jaxtune quickstart --help` is quick.
     from jaxtune.recipes.evaluate import evaluate
-    from jaxtune.recipes.language_model import load
+    from jaxtune.recipes.load import load
     from jaxtune.recipes.train import train
 
     console, workdir, started = console or Console(), Path(workdir).absolute(), time.perf_counter()
