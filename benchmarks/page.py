@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.tasks import HELD_OUT, SEED, STORY_LENGTH, Task
 
 if TYPE_CHECKING:
     from benchmarks.results import Measured, Run
+
+# What the last part of the page begins with; the pages that it quotes, and a column of the table.
+OBJECTIVES = "## Preferences and rewards\n"
+QUOTED = {
+    "results_dpo": "likelier",
+    "results_reward": "right",
+    "results_rl": "share of the possible gain",
+}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -107,4 +117,25 @@ def results_page(
     for name, (before, runs) in results.items():
         task = chosen[name]
         parts += [f"## {task.title}\n", task_text(task), task_table(task, before, runs)]
+    return "\n".join(parts)
+
+
+def objectives_part(docs: Path) -> str:
+    """Returns the part on preferences and rewards: of each page its command and its table.
+
+    Args:
+        docs: directory of the pages.
+    """
+    parts = [OBJECTIVES, "Each has a page of its own, which is written by its command.\n"]
+    for name, column in QUOTED.items():
+        text = (docs / f"{name}.md").read_text(encoding="utf-8")
+        title = text.partition("\n")[0].removeprefix("# ")
+        tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+        (quoted,) = (
+            found
+            for found in tables
+            if column in (cell.strip() for cell in found.partition("\n")[0].split("|"))
+        )
+        parts += [f"### {title}\n", f"`python -m benchmarks.{name}` → [{name}.md]({name}.md)\n"]
+        parts.append(quoted)
     return "\n".join(parts)

@@ -1,10 +1,11 @@
-"""Every method on real data: writes docs/results.md.
+"""Every method on real data: writes docs/results.md, with what the pages on objectives hold.
 
     python -m benchmarks.results                    # all of it
     python -m benchmarks.results --quick --out=FILE # a few steps of each, to see that it runs
     python -m benchmarks.results --keep=DIR         # continues: what DIR holds is not run again
     python -m benchmarks.results --validate=1e-3,3e-3 --methods=lora --tasks=rasbt
                                                     # loss of learning rates on a part of training
+    python -m benchmarks.results --objectives       # the part on the other pages alone, from them
 
 Needs the real models and data in ../shared.
 """
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import tasks
-from benchmarks.page import results_page
+from benchmarks.page import OBJECTIVES, objectives_part, results_page
 from benchmarks.tasks import STORY_LENGTH, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,7 +280,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--validate", help="learning rates, with commas")
+    parser.add_argument("--objectives", action="store_true")
     options = parser.parse_args(argv)
+    if options.objectives:
+        kept, _, _ = options.out.read_text().partition(OBJECTIVES)
+        options.out.write_text(kept + objectives_part(ROOT / "docs"))
+        return 0
     if not (SHARED / MODEL).is_dir():
         print(f"needs the real models and data in {SHARED}", file=sys.stderr)
         return 2
@@ -301,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             QUICK_STORIES if options.quick else STORIES,
         )
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(page)
+        options.out.write_text(f"{page}\n{objectives_part(ROOT / 'docs')}")
 
     run(methods, chosen, model, options.quick, options.keep, write)
     print(f"{options.out}: written")

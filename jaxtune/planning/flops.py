@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtune.core.tree import Tree, flatten
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import head_path
 from jaxtune.peft.method import TRAINED
 
 
@@ -17,6 +18,7 @@ def step_flops(
     batch_size: int,
     seq_len: int,
     *,
+    head_tokens: int | None = None,
     skips_masked: bool = False,
     chunked_head: bool = False,
 ) -> int:
@@ -33,24 +35,26 @@ def step_flops(
         labels: label tree of its parameters; of quantised kernels, that of their codes.
         shapes: of its parameters, unquantised.
         batch_size, seq_len: rows of a step, and tokens of a row, padding included.
+        head_tokens: those of a row that logits are made of; None: all.
         skips_masked: whether attention leaves out what the mask hides, as flash kernels do.
         chunked_head: whether the loss makes its logits in chunks.
     """
     kinds = flatten(labels)
-    forward = trained = again = 0
+    head, _ = head_path(config)
+    products = 0
     for path, leaf in flatten(shapes).items():
-        cost = weight_flops(config, path, leaf)
-        forward += cost
-        trained += cost * (kinds.get(path) == TRAINED)  # codes are never trained
-        again += cost * computed_again(config, path, chunked_head)
+        # Codes are never trained.
+        passes = 2 + (kinds.get(path) == TRAINED) + computed_again(config, path, chunked_head)
+        here = path.startswith(f"{head}/") and head_tokens is not None
+        tokens = head_tokens if here else seq_len
+        products += tokens * passes * weight_flops(config, path, leaf)
     pairs = sum(
         attention_pairs(seq_len, config.kinds[kind].window, skips_masked)
         for kind in config.layer_kinds
     )
     attention = 4 * config.num_heads * config.head_dim * pairs
-    products = 2 * forward + trained + again
     scores = 3 if config.remat == "none" else 4
-    return batch_size * (seq_len * products + scores * attention)
+    return batch_size * (products + scores * attention)
 
 
 def computed_again(config: ModelConfig, path: str, chunked_head: bool) -> bool:

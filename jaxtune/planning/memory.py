@@ -39,6 +39,7 @@ class Work:
         batch_size: rows of a step, over all devices.
         grad_accum: micro-batches.
         seq_len: tokens of a row.
+        head_tokens: those of a row that logits are made of; None: all.
         stores_scores: whether attention writes its [T, T] scores to memory.
         logits_bytes: the most bytes of logits that the loss makes at a time on a device.
         quantized: whether frozen weights are stored in fewer bits than they are computed with.
@@ -49,6 +50,7 @@ class Work:
     batch_size: int
     grad_accum: int
     seq_len: int
+    head_tokens: int | None = None
     stores_scores: bool = True
     logits_bytes: int = LOGITS_BYTES
     quantized: bool = False
@@ -171,7 +173,7 @@ SUMMED = 2  # a gradient before and after the sum over devices
 
 def chunks_logits(work: Work, mesh: Mesh | AbstractMesh) -> bool:
     """Tells whether the loss makes its logits in chunks, as `objectives.logprobs` decides."""
-    tokens = _local_rows(work, mesh) * _local_tokens(work, mesh)
+    tokens = _local_rows(work, mesh) * _head_tokens(work, mesh)
     return work.config.lm_head and tokens * work.config.vocab_size * 4 > work.logits_bytes
 
 
@@ -182,7 +184,7 @@ def logits_bytes(work: Work, mesh: Mesh | AbstractMesh) -> int:
     if not config.lm_head:
         return 0
     vocab = config.vocab_size // (tensor if config.vocab_size % tensor == 0 else 1)
-    tokens = _local_rows(work, mesh) * _local_tokens(work, mesh)
+    tokens = _local_rows(work, mesh) * _head_tokens(work, mesh)
     if not chunks_logits(work, mesh):
         return LOGITS_COPIES * tokens * vocab * 4
     return LOGITS_COPIES * work.logits_bytes * vocab // config.vocab_size
@@ -299,6 +301,10 @@ def _local_rows(work: Work, mesh: Mesh | AbstractMesh) -> int:
 
 def _local_tokens(work: Work, mesh: Mesh | AbstractMesh) -> int:
     return -(-work.seq_len // mesh.shape["sequence"])
+
+
+def _head_tokens(work: Work, mesh: Mesh | AbstractMesh) -> int:
+    return _local_tokens(work, mesh) if work.head_tokens is None else work.head_tokens
 
 
 def _as(tree: Tree, dtype: Any) -> Tree:

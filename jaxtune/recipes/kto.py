@@ -211,4 +211,5 @@ OBJECTIVE = Objective(
     evaluate=evaluate,
     padding=padding,
     at_start=lambda _: None,  # λ_D / 2 and λ_U / 2 in the proportion of the data
+    head_on_targets=True,
 )

@@ -63,6 +63,8 @@ class Objective:
         at_start: of an objective with a reference, which is the policy at step 0: resolved
             `objective` section → the preference loss where both are one, None where the data
             decide it; see `recipes.reference`.
+        head_on_targets: whether its loss makes logits of the rows' targets alone; see
+            `recipes.rows`.
     """
 
     trained: MakeLoss
@@ -78,3 +80,4 @@ class Objective:
     metrics: Callable[[Any], set[str]] = held_out.names
     keeps_start: Callable[[Any], bool] = lambda _: False
     at_start: Callable[[Any], float | None] | None = None
+    head_on_targets: bool = False

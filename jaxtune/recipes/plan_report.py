@@ -20,6 +20,7 @@ from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
+from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.scores import chunk_bytes
 
 
@@ -134,12 +135,21 @@ def work_of(program: build.Plan) -> memory.Work:
         config.batch_size,
         config.grad_accum,
         config.data.seq_len,
+        head_tokens(program),
         stores_scores=stores_scores(parts.config),
         logits_bytes=chunk_bytes(
             parts.config, parts.split(parts.shapes)[0], batch_shards(program.mesh)
         ),
         quantized=any(memory.bits(leaf.dtype) <= 8 for leaf in jax.tree.leaves(parts.shapes)),
     )
+
+
+def head_tokens(program: build.Plan) -> int | None:
+    """Returns of how many tokens of a row the loss makes logits; None: of all, or not known."""
+    mesh, parts = program.mesh, program.parts
+    if not program.objective.head_on_targets or mesh.shape["sequence"] > 1:
+        return None
+    return rows_of(program.data, batch_shards(mesh), parts.method.num_virtual).targets
 
 
 def stores_scores(model: ModelConfig) -> bool:
@@ -156,6 +166,7 @@ def step_flops(program: build.Plan) -> int:
         abstract_params(parts.config.unquantized, parts.method),
         config.batch_size,
         config.data.seq_len,
+        head_tokens=head_tokens(program),
         skips_masked=not stores_scores(parts.config),
         chunked_head=memory.chunks_logits(work_of(program), program.mesh),
     )

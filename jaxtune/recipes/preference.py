@@ -257,6 +257,7 @@ def of_pairs(
         held_out=lambda config, parts, rows: make(config, parts, rows, 0.0, None),
         likelihood=False,
         at_start=at_start,
+        head_on_targets=True,
     )
 
 

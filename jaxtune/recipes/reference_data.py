@@ -38,6 +38,7 @@ from jaxtune.recipes.scores import at_targets, predictions
 
 DIRECTORY = "reference"
 DIGEST = 16  # bytes in front of the numbers
+HOW = ("attention", "remat")  # of a model: how it is computed, not what
 Store = TokenStore | SharedStore
 # Returns (trained, the rest) of the parameters that the run started with.
 Start = Callable[[], tuple[Tree, Tree]]
@@ -124,13 +125,13 @@ def check(plan: Plan, trainable: Tree, frozen: Tree) -> None:
 def fingerprint(plan: Plan, stores: Sequence[Store]) -> str:
     """Returns a hash of all that the reference's log-probabilities follow from, in hexadecimal."""
     config, init = plan.config, plan.config.peft.get("init_from")
+    model = dataclasses.asdict(plan.parts.config)
     facts = {
+        "model": {name: model[name] for name in model if name not in HOW},
         "base": plan.base.fingerprint,
         "method": spec_of(plan.parts.method),
         "seed": config.seed,
         "init_from": init and fingerprint_files(p for p in Path(init).iterdir() if p.is_file()),
-        "dtype": config.model.dtype,
-        "quantize": config.model.quantize,
         "data": [store.fingerprint() for store in stores],
     }
     text = json.dumps(facts, sort_keys=True).encode()

@@ -9,6 +9,7 @@ ADVANTAGES = (
     "group",
     "group_mean",
     "leave_one_out",
+    "leave_one_out_normalised",
     "batch",
     "batch_baseline",
     "group_batch_std",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import results, tasks
-from benchmarks.page import task_table
+from benchmarks.page import OBJECTIVES, objectives_part, task_table
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,26 @@ def test_table_has_a_row_for_the_base_and_each_method(sms):
         *["lora", "1,234", "6.25 %", "0.01", "7"],
         *["0.2500", "87.5 %", "80.0 %", "0.7080", "+0.1000", "12"],
     ]
+
+
+def test_the_page_holds_the_tables_of_the_other_objectives_as_they_are(tmp_path):
+    """`python -m benchmarks.results --objectives` writes them after a page was made anew."""
+    docs = results.ROOT / "docs"
+    page = (docs / "results.md").read_text()
+    assert page.endswith(f"\n\n{objectives_part(docs)}")
+    for name, words in (
+        ("dpo", "| SFT on chosen |"),
+        ("reward", "| the shorter |"),
+        ("rl", "| `ppo` |"),
+    ):
+        command, shown = f"`python -m benchmarks.results_{name}`", f"(results_{name}.md)"
+        assert command in page and shown in page
+        (line,) = (x for x in page.splitlines() if x.startswith(words))
+        assert line in (docs / f"results_{name}.md").read_text().splitlines()
+    old = tmp_path / "page.md"
+    old.write_text(page.replace("| SFT on chosen |", "| other |"))
+    assert results.main(["--objectives", f"--out={old}"]) == 0
+    assert old.read_text() == page and page.count(OBJECTIVES) == 1
 
 
 @pytest.mark.slow

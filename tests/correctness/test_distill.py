@@ -18,10 +18,11 @@ from jaxtune.recipes.build import build
 from jaxtune.recipes.schema import resolve
 from jaxtune.recipes.write_teacher import write_teacher
 from tests.correctness import interrupts
+from tests.correctness.hosts import Hosts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config
 from tests.correctness.runs import OVERRIDES
-from tests.correctness.tiny_runs import assert_same_run
+from tests.correctness.tiny_runs import assert_same_run, rows
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +51,13 @@ def config_of(directory, objective, peft="lora", **sections):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tmp_path_factory.mktemp("distill")
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    found = Hosts(tmp_path_factory.mktemp("logs"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="module")
@@ -140,15 +148,29 @@ def test_c1_micro_batches_do_not_matter(data, finished):
                 np.testing.assert_allclose(one[name], two[name], rtol=1e-4, err_msg=name)
 
 
-def test_c2_devices_do_not_matter(data, finished):
-    """The teacher is spread as the student is."""
-    config, history = finished("forward")
-    mesh = {"data": 2, "fsdp": 2}
-    again = jaxtune.train(config | {"mesh": mesh}, data / "spread").history
-    for one, four in zip(history, again, strict=True):
+def on_two_processes(hosts, config, workdir, mesh) -> None:
+    """Trains a config on a mesh of two processes of one device each."""
+    path = workdir.with_suffix(".json")
+    path.write_text(json.dumps(config | {"mesh": mesh}))
+    command = ["train", f"--config={path}", f"--workdir={workdir}"]
+    assert hosts.run(command, 2) == [0, 0], hosts.all_said()
+
+
+def assert_same_history(one, other) -> None:
+    """Two lists of a run's rows, by what does not depend on how the run is divided."""
+    assert [row["step"] for row in other] == [row["step"] for row in one]
+    for ours, its in zip(one, other, strict=True):
         for name in ("loss", "loss/distill", "grad_norm", "eval/loss"):
-            if name in one:
-                np.testing.assert_allclose(one[name], four[name], rtol=1e-4, err_msg=name)
+            assert (name in ours) == (name in its)
+            if name in ours:
+                np.testing.assert_allclose(its[name], ours[name], rtol=1e-4, err_msg=name)
+
+
+def test_c2_devices_and_processes_do_not_matter(data, finished, hosts):
+    """The teacher is spread over two processes as the student is."""
+    config, history = finished("forward")
+    on_two_processes(hosts, config, data / "spread", {"data": 1, "fsdp": 2})
+    assert_same_history(history, rows(data / "spread"))
 
 
 def test_c26_a_run_that_is_stopped_is_the_undisturbed_one(data, finished):
@@ -167,33 +189,41 @@ def test_a_checkpoint_holds_nothing_of_the_teacher_and_loads_without_it(data, fi
     assert not any(path.startswith("teacher") for path in flatten(lm.params))
 
 
-def test_top_k_from_disk_is_the_teacher_in_the_step(data, teacher, finished, tmp_path):
-    """All tokens but one leave one token as the rest, so that nothing is lost."""
-    config, history = finished("forward")
+@pytest.fixture(scope="module")
+def stored(data, teacher, finished):
+    """The config of `finished("forward")` with what its teacher says read from disk.
+
+    All tokens but one leave one token as the rest, so that nothing is lost.
+    """
+    config, _ = finished("forward")
     for name in ("train", "held"):
         report = write_teacher(
             model=str(teacher),
             source=f"jsonl:{data}/{name}_sft.jsonl",
             format="completion",
-            out=str(tmp_path / "said"),
+            out=str(data / "said"),
             top_k=VOCAB - 1,
             temperature=TEMPERATURE,
             seq_len=config["data"]["seq_len"],
             dtype="float32",
         )
         assert 0.9 < report["mass"] < 1.0
-    stored = dict(config["objective"], teacher=None, teacher_data=str(tmp_path / "said"))
-    run = config | {"objective": stored}
-    again = jaxtune.train(run, tmp_path / "run").history
-    for one, two in zip(history, again, strict=True):
-        for name in ("loss", "eval/loss"):
-            if name in one:
-                np.testing.assert_allclose(one[name], two[name], rtol=1e-4, err_msg=name)
+    objective = dict(config["objective"], teacher=None, teacher_data=str(data / "said"))
+    return config | {"objective": objective}
 
-    other = run | {"objective": stored | {"teacher_temperature": 1.0}}
+
+def test_top_k_from_disk_is_the_teacher_in_the_step(data, finished, stored, hosts):
+    """Each of two processes reads the rows of its own half of a batch."""
+    on_two_processes(hosts, stored, data / "disk", {"data": 2, "fsdp": 1})
+    assert_same_history(finished("forward")[1], rows(data / "disk"))
+
+
+def test_what_is_on_disk_and_does_not_fit_is_refused(data, stored, tmp_path):
+    run, objective = stored, stored["objective"]
+    other = run | {"objective": objective | {"teacher_temperature": 1.0}}
     with pytest.raises(RequestError, match=r"teacher_temperature: was written with temperature 2"):
         build(resolve(other))
-    (place,) = [p for p in (tmp_path / "said").iterdir() if p.name == fingerprint(run)]
+    (place,) = [p for p in (data / "said").iterdir() if p.name == fingerprint(run)]
     whole = (place / "ids.npy").read_bytes()
     (place / "ids.npy").write_bytes(whole[:-4] + b"\x01\x00\x00\x00")
     with pytest.raises(RequestError, match="is damaged"):
@@ -203,6 +233,7 @@ def test_top_k_from_disk_is_the_teacher_in_the_step(data, teacher, finished, tmp
     place.rename(moved)
     with pytest.raises(RequestError, match=r"teacher_data: holds nothing of data.train\[0\]"):
         build(resolve(run))
+    moved.rename(place)
 
 
 def fingerprint(config) -> str:

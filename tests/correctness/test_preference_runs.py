@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from jaxtune.training.step import mean_loss, terms
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config
+from tests.correctness.small import METHODS
 from tests.correctness.tiny_runs import assert_same_run
 
 pytestmark = pytest.mark.slow
@@ -133,6 +135,28 @@ def test_c26_a_run_that_is_stopped_reads_its_reference_again(
     bench.train(config, again)
     assert_same_run(workdir, again)
     assert kept.read_bytes() == next((workdir / "reference").iterdir()).read_bytes()
+
+
+def test_a_reference_is_kept_under_all_that_it_follows_from(data):
+    """A run that goes on with other data or another model computes it anew."""
+    plan = build(resolve(pair_config(data, "full")))
+    stores = reference_data.stores_of(plan.data)
+    kept = reference_data.fingerprint(plan, stores)
+
+    def of(**changes) -> str:
+        parts = dataclasses.replace(plan.parts, **changes)
+        return reference_data.fingerprint(dataclasses.replace(plan, parts=parts), stores)
+
+    model = plan.parts.config
+    assert of(config=dataclasses.replace(model, attention="ring", remat="block")) == kept
+    others = {
+        of(config=dataclasses.replace(model, norm_eps=1e-3)),
+        of(config=dataclasses.replace(model, dtype="bfloat16")),
+        of(method=METHODS["lora"]),
+        reference_data.fingerprint(plan, stores[::-1]),
+        reference_data.fingerprint(build(resolve(pair_config(data, "full", seed=1))), stores),
+    }
+    assert len(others) == 5 and kept not in others
 
 
 def test_a_damaged_reference_is_refused_and_a_missing_one_computed(finished, bench, tmp_path):

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from jaxtune.models.decoder import hidden_states, logits
+from jaxtune.objectives.completions import Pair
+from jaxtune.objectives.dpo import LOSSES
 from jaxtune.parallel.mesh import make_mesh
+from jaxtune.recipes import preference
 from jaxtune.recipes.base import BASE
 from jaxtune.recipes.reference import base_of
 from tests.correctness.pairs import assert_same, config_of, measure, pair_batch, pair_examples
@@ -120,6 +123,21 @@ def test_c10_the_loss_of_pairs_by_hand(name):
         assert metrics["margin"] == pytest.approx(0.1 * np.mean(margins), rel=1e-4)
         chosen = np.mean([r["policy"][0] for r in right])
         assert metrics["logps/chosen"] == pytest.approx(chosen, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_c21_what_the_loss_is_where_policy_and_reference_are_one(kind):
+    """ln 2 for all that a sigmoid is in; a run compares its first batch with it."""
+    smoothed = {"label_smoothing": 0.1} if LOSSES[kind].smoothed else {}
+    settings = {"name": "dpo", "loss_type": kind, "beta": 0.4, **smoothed}
+    o = config_of(PEFT, settings).objective
+    one = Pair(np.array([[-3.0, -20.0]]), np.array([[-8.0, -1.0]]))
+    sizes = Pair(np.array([[2.0, 9.0]]), np.array([[3.0, 1.0]]))
+    loss, metrics = preference.dpo_term(o)(
+        preference.Sides(one, one, sizes, np.ones((1, 2), np.float32))
+    )
+    assert loss.mean() == pytest.approx(preference.loss_at_start(o), rel=1e-6)
+    assert metrics["rewards/margin"].mean() == 0
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

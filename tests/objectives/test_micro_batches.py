@@ -133,6 +133,12 @@ def sequence_ratio(batch, values):
     return policy.mean_log_ratio(values, batch["old"], batch["completions"], COUNT)
 
 
+def total_ratio(batch, values):
+    # A completion's ratio is a product: near 1 only if the tokens' are.
+    old = values + 0.1 * (batch["old"] - values)
+    return policy.total_log_ratio(values, old, batch["completions"], COUNT)
+
+
 NORMALISERS = {
     "token": lambda b, x: policy.by_token(x, b["mask"]),
     "sequence": lambda b, x: policy.by_sequence(x, b["mask"], b["completions"], COUNT),
@@ -151,7 +157,10 @@ def teacher(batch, values):
 
 
 OBJECTIVES = {
-    **{kind: functools.partial(preference, kind, beta=0.1) for kind in ("sigmoid", "hinge", "ipo")},
+    **{
+        kind: functools.partial(preference, kind, beta=0.1)
+        for kind in ("sigmoid", "sigmoid_norm", "hinge", "ipo")
+    },
     "robust": functools.partial(preference, "robust", beta=0.1, label_smoothing=0.1),
     "rpo": rpo,
     "kto": kto,
@@ -163,6 +172,7 @@ OBJECTIVES = {
     "steps": steps,
     **{f"grpo_{k}": functools.partial(on_line, v, token_ratio) for k, v in NORMALISERS.items()},
     "gspo": functools.partial(on_line, NORMALISERS["sequence"], sequence_ratio),
+    "rloo": functools.partial(on_line, NORMALISERS["sequence"], total_ratio),
     "value": values_of,
     "distill": teacher,
 }

@@ -15,6 +15,7 @@ from jaxtune.recipes.build import build
 from jaxtune.recipes.evaluate import evaluate
 from jaxtune.recipes.export import export
 from jaxtune.recipes.schema import resolve
+from jaxtune.rl.rewards.scores import score
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config, write_tokenizer
@@ -115,6 +116,35 @@ def test_scores_are_those_of_training_and_order_the_pairs(run, data):
         model=run, data=f"jsonl:{data}/held.jsonl", format="preference", dtype="float32"
     )
     assert report["margin"] == pytest.approx((chosen - rejected).mean(), rel=1e-4)
+
+
+def rewarded_by(run: Path, data: Path) -> dict:
+    """The config of a GRPO run on the pairs' prompts whose reward is the reward model."""
+    path = data / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"w8 w{i} "}) + "\n" for i in range(4)))
+    reward = {"function": "reward_model", "arguments": {"path": str(run)}}
+    objective = {"name": "grpo", "rewards": [reward], "prompts": 2, "samples": 2}
+    config = pair_config(data, {"method": "lora", "rank": 3}, objective | {"max_new_tokens": 4})
+    config["data"] = {
+        "train": [{"source": f"jsonl:{path}", "format": "prompt"}],
+        "seq_len": 12,
+    }
+    return {name: section for name, section in config.items() if name != "eval"}
+
+
+def test_it_rewards_the_samples_of_a_run_by_its_scores(run, data):
+    """Within the time limit of a reward, and so in a thread of its own."""
+    plan = build(resolve(rewarded_by(run, data)))
+    (reward,) = plan.data.rewards
+    assert reward.timeout is not None
+    pairs = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()]
+    prompts, chosen, rejected = zip(*(pair.values() for pair in pairs), strict=True)
+    with jax.set_mesh(plan.mesh):
+        found = score([reward], prompts * 2, chosen + rejected, {})
+    texts = [p + c for p, c in zip(prompts * 2, chosen + rejected, strict=True)]
+    wanted = jaxtune.load(run, dtype="float32").scores(texts)
+    np.testing.assert_allclose(found.total, wanted, rtol=1e-5)
+    assert (found.total[: len(pairs)] > found.total[len(pairs) :]).all()
 
 
 def test_packed_pairs_that_share_a_prompt_have_the_same_loss(data):

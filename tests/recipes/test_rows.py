@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxtune
 from jaxtune.core.tree import flatten
 from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import batch_shards
@@ -86,6 +87,25 @@ def test_losses_metrics_and_gradients_are_those_of_all_tokens(case):
             np.testing.assert_allclose(
                 grad, flatten(wanted)[path], rtol=0, atol=1e-5 * scale, err_msg=path
             )
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], indirect=True, ids=str)
+def test_a_plan_counts_the_head_as_often_as_it_runs(case):
+    plan, *_ = case
+    targets = rows_of(plan.data, 1, 0).targets
+    planned = jaxtune.plan(plan.config.to_dict())
+    model = plan.parts.config
+    if plan.config.objective.name == "reward":  # no head over tokens
+        assert planned["bytes_per_device"]["logits"] == 0
+        return
+    assert planned["bytes_per_device"]["logits"] == 2 * 4 * targets * model.vocab_size * 4
+    absent = {k: v for k, v in plan.config.to_dict().items() if k != "eval"}
+    absent["data"] |= {"train": [{"format": "preference"}], "eval": []}
+    unknown = jaxtune.plan(absent)
+    assert unknown["bytes_per_device"]["logits"] == 2 * 4 * SEQ * model.vocab_size * 4
+    # A frozen head: forwards, and the gradient of its input.
+    saved = 4 * (SEQ - targets) * 2 * 2 * model.hidden_size * model.vocab_size
+    assert unknown["flops_per_step"] - planned["flops_per_step"] == saved > 0
 
 
 @pytest.mark.parametrize("case", CASES[:3], indirect=True, ids=str)

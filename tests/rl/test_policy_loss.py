@@ -41,11 +41,12 @@ def objective_of(case: str, tmp: Any) -> Any:
     changes = {} if case == "ppo" else {"objective__variant": case}
     if case in ("grpo", "dapo", "ppo"):
         changes |= {"objective__entropy_coef": 0.02, "objective__clip_dual": 1.5}
-    if case in ("grpo", "dr_grpo"):
-        exact = case == "dr_grpo"
+    if case in ("grpo", "dr_grpo", "ppo"):
+        exact = case != "grpo"
         changes |= {
             "objective__kl_coef": 0.1,
             "objective__kl_estimator": "exact" if exact else "k3",
+            "objective__kl_in": "loss",
         }
     return resolve(
         run_config(tmp, name, objective__temperature=HEAT, objective__max_new_tokens=NEW, **changes)
