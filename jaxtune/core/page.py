@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class Markup(str):
@@ -14,10 +14,13 @@ class Markup(str):
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5d6570; --paper: #fff; --line: #dfe3e8;
-  --block: #f5f7f9; --accent: #2563a8; --error: #b3261e; --warning: #8a5a00; --info: #2563a8; }
+  --block: #f5f7f9; --accent: #2563a8; --error: #b3261e; --warning: #8a5a00; --info: #2563a8;
+  --c0: #2563a8; --c1: #b8520a; --c2: #1b7f5c; --c3: #8e3b8a; --c4: #8a6d00; --c5: #0b7fab;
+  --c6: #a02c4b; --c7: #4a5058; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #9aa3ad; --paper: #15181b;
   --line: #31363c; --block: #1e2226; --accent: #7db2ee; --error: #ff8a80; --warning: #f0be62;
-  --info: #7db2ee; } }
+  --info: #7db2ee; --c0: #7db2ee; --c1: #f2a061; --c2: #5fcf9f; --c3: #d893d6; --c4: #e0c25a;
+  --c5: #6fd0f0; --c6: #f090a8; --c7: #b4bbc3; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem; background: var(--paper);
   color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -44,14 +47,29 @@ summary { cursor: pointer; } summary b { margin: 0 .4rem; }
 blockquote { margin: .4rem 0; padding-left: .7rem; border-left: 3px solid var(--line);
   font-size: .88rem; }
 .error { color: var(--error); } .warning { color: var(--warning); } .info { color: var(--info); }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .6rem;
+  margin: .4rem 0 1.4rem; }
+.beside > div { background: var(--block); border-radius: .5rem; padding: .4rem .7rem;
+  font-size: .9rem; white-space: pre-wrap; }
+.beside b { display: block; color: var(--soft); font-size: .85rem; }
 svg { display: block; width: 100%; height: auto; max-width: 40rem; }
-svg text { fill: var(--soft); font: 13px system-ui, sans-serif; }
+svg text { fill: var(--soft); font: 13px system-ui, sans-serif; paint-order: stroke;
+  stroke: var(--paper); stroke-width: 4px; }
+/* Drawings are scaled down to a phone's width, and their words must not be. */
+@media (max-width: 40rem) { svg text { font-size: 21px; } }
 svg .bar { fill: var(--accent); } svg .axis { stroke: var(--line); }
-svg .curve { fill: none; stroke: var(--accent); stroke-width: 1.6; }
+svg .curve { fill: none; stroke: currentColor; stroke-width: 1.8; }
 svg .faint { opacity: .35; }
-svg .second { stroke: var(--warning); } svg .mark { stroke: var(--error);
-  stroke-dasharray: 4 3; }
+svg .mark { stroke: var(--error); stroke-dasharray: 4 3; }
+.c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
+.c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.c6 { color: var(--c6); } .c7 { color: var(--c7); } .others { color: var(--line); }
+.legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .9rem; }
+.legend span::before { content: ""; display: inline-block; width: 1.2em; height: .2em;
+  margin-right: .4em; vertical-align: middle; background: currentColor; }
+.legend .others { color: var(--soft); }
 """
+COLOURS = 8  # of curves
 
 
 def text(value: object) -> Markup:
@@ -61,6 +79,15 @@ def text(value: object) -> Markup:
     'a &lt; b'
     """
     return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
+
+
+def without_directories(words: str) -> str:
+    """Leaves the directories of paths out, for a narrow place.
+
+    >>> without_directories("as data/train.jsonl:3")
+    'as train.jsonl:3'
+    """
+    return " ".join(word.rpartition("/")[2] if "/" in word else word for word in words.split(" "))
 
 
 def join(parts: Iterable[Markup]) -> Markup:
@@ -123,6 +150,12 @@ def folded(summary: Markup, *content: Markup, opened: bool = False) -> Markup:
     return Markup(f"<details{' open' if opened else ''}>{inner}</details>")
 
 
+def beside(parts: Sequence[tuple[str, str]]) -> Markup:
+    """Returns (title, text) blocks side by side; below each other where there is no room."""
+    made = [element("div", element("b", text(name)), text(words)) for name, words in parts]
+    return element("div", *made, css="beside")
+
+
 def histogram(
     edges: Sequence[float], counts: Sequence[int], label: str, mark: float | None = None
 ) -> Markup:
@@ -140,7 +173,7 @@ def histogram(
     for at, count in enumerate(counts):
         left = (edges[at] - edges[0]) / span * width
         wide = (edges[at + 1] - edges[at]) / span * width
-        tall = count / most * (base - 14)
+        tall = count / most * (base - 24)
         bars.append(
             f'<rect class="bar" x="{left + 0.5:.1f}" y="{base - tall:.1f}" '
             f'width="{max(wide - 1, 0.5):.1f}" height="{tall:.1f}">'
@@ -152,18 +185,18 @@ def histogram(
     ends = (
         f'<text x="0" y="{height - 4}">{edges[0]:,}</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{edges[-1]:,}</text>'
-        f'<text x="0" y="12">{most:,}</text>'
+        f'<text x="0" y="18">{most:,}</text>'
     )
     return _svg(width, height, base, label, [*bars, ends])
 
 
 def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label: str) -> Markup:
-    """Returns curves (name, x, y) as SVG, on common axes; the first stands out from the others.
+    """Returns curves (name, x, y) as SVG, on common axes; `legend` says which is which.
 
     Raises:
         ValueError: there is no point.
     """
-    width, height, base = 600, 220, 200
+    width, height, base, top = 600, 220, 200, 26
     xs = [x for _, px, _ in curves for x in px]
     ys = [y for _, _, py in curves for y in py]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
@@ -171,18 +204,32 @@ def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label:
     parts = []
     for at, (name, px, py) in enumerate(curves):
         points = " ".join(
-            f"{(x - x0) / wide * width:.1f},{base - (y - y0) / tall * (base - 16):.1f}"
+            f"{(x - x0) / wide * width:.1f},{base - (y - y0) / tall * (base - top):.1f}"
             for x, y in zip(px, py, strict=True)
         )
-        second = " second" if at else ""
         title = f"<title>{text(name)}</title>"
-        parts.append(f'<polyline class="curve{second}" points="{points}">{title}</polyline>')
+        parts.append(f'<polyline class="curve {_colour(at)}" points="{points}">{title}</polyline>')
+    parts.reverse()  # so that the first lies over the others
     parts.append(
         f'<text x="0" y="{height - 4}">{x0:g}</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">{x1:g}</text>'
-        f'<text x="0" y="12">{y1:.4g}</text><text x="0" y="{base - 4}">{y0:.4g}</text>'
+        f'<text x="0" y="18">{y1:.4g}</text><text x="0" y="{base - 4}">{y0:.4g}</text>'
     )
     return _svg(width, height, base, label, parts)
+
+
+def legend(names: Sequence[str]) -> Markup:
+    """Returns the names of curves in the colours that `lines` gives them."""
+    shown = [
+        element("span", text(name), css=_colour(at)) for at, name in enumerate(names[:COLOURS])
+    ]
+    if len(names) > COLOURS:
+        shown.append(element("span", text("others"), css=_colour(COLOURS)))
+    return element("p", *shown, css="legend")
+
+
+def _colour(at: int) -> str:
+    return f"c{at}" if at < COLOURS else "others"
 
 
 def parallel(axes: Sequence[tuple[str, Sequence[tuple[float, str]]]], label: str) -> Markup:
@@ -192,24 +239,41 @@ def parallel(axes: Sequence[tuple[str, Sequence[tuple[float, str]]]], label: str
         axes: (name, (height in 0..1, label) of each item); the first item is drawn strongest.
         label: what is shown, for those who cannot see it.
     """
-    width, height, base = 600, 240, 205
-    step = (width - 80) / max(len(axes) - 1, 1)
+    width, height, base, top, row = 600, 260, 205, 26, 24
+    step = (width - 140) / max(len(axes) - 1, 1)  # room for the last axis' labels
     xs = [40 + number * step for number in range(len(axes))]
-    parts = []
-    for x, (name, items) in zip(xs, axes, strict=True):
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="20" y2="{base}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="middle">{text(name)}</text>')
-        for place, word in dict(items).items():
-            y = base - place * (base - 20)
-            parts.append(f'<text x="{x + 4:.1f}" y="{y - 2:.1f}">{text(word)}</text>')
+    parts, words = [], []
+    for number, (x, (name, items)) in enumerate(zip(xs, axes, strict=True)):
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{base}"/>')
+        below = base + row * (1 + number % 2)  # names side by side need room
+        words.append(
+            f'<text x="{x:.1f}" y="{below}" text-anchor="middle">{text(name.rpartition(".")[2])}'
+            f"<title>{text(name)}</title></text>"
+        )
+        for place, word in apart(dict(items), row / (base - top)):
+            y = base - place * (base - top)
+            words.append(f'<text x="{x + 4:.1f}" y="{y - 2:.1f}">{text(word)}</text>')
     for item in reversed(range(len(axes[0][1]))):
         points = " ".join(
-            f"{x:.1f},{base - items[item][0] * (base - 20):.1f}"
+            f"{x:.1f},{base - items[item][0] * (base - top):.1f}"
             for x, (_, items) in zip(xs, axes, strict=True)
         )
-        css = "curve" if item == 0 else "curve faint"
+        css = "curve c0" if item == 0 else "curve c0 faint"
         parts.append(f'<polyline class="{css}" points="{points}"/>')
-    return _svg(width, height, base, label, parts)
+    return _svg(width, height, base, label, parts + words)
+
+
+def apart(labels: Mapping[float, str], least: float) -> list[tuple[float, str]]:
+    """Returns the (place, label) of an axis that leave each other room; both ends always do.
+
+    >>> apart({0.0: "1", 0.05: "1.1", 0.5: "2", 0.97: "2.9", 1.0: "3"}, 0.1)
+    [(0.0, '1'), (1.0, '3'), (0.5, '2')]
+    """
+    kept: list[tuple[float, str]] = []
+    for place in sorted(labels, key=lambda at: (at not in (min(labels), max(labels)), at)):
+        if all(abs(place - other) >= least for other, _ in kept):
+            kept.append((place, labels[place]))
+    return kept
 
 
 def _svg(width: int, height: int, base: int, label: str, parts: Sequence[str]) -> Markup:

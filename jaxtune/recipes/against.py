@@ -19,6 +19,7 @@ from jaxtune.models import decoder
 from jaxtune.objectives.distill import forward_kl, token_divergences
 from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import batch_shards
+from jaxtune.parallel.rules import constrain
 from jaxtune.recipes.language_model import LanguageModel
 from jaxtune.recipes.scores import Predictions, predictions
 
@@ -81,7 +82,8 @@ def measured(
         ]
         apart = token_divergences(forward_kl, *heads, lm.config.vocab_size, shards=shards)
         weights = a.batch["loss_mask"]
-        return [jnp.sum(x * weights, axis=1) for x in (nll(a), nll(b), apart, 0 * apart + 1.0)]
+        found = [jnp.sum(x * weights, axis=1) for x in (nll(a), nll(b), apart, 0 * apart + 1.0)]
+        return [constrain(x, None) for x in found]  # every process reads all of them
 
     found = []
     with jax.set_mesh(lm.mesh):

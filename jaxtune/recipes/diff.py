@@ -20,9 +20,9 @@ CODE = ("code", "versions", "platform", "devices")
 def diff(one: str | Path, two: str | Path) -> dict[str, list[dict[str, Any]]]:
     """Returns the differences of two runs by section, each a list of {"key", "a", "b"}.
 
-    Sections are "config", "data" (fingerprints of base, data and tokenizer), "code" (jaxtune's own
-    source, versions of packages, devices), and "results": every metric that both or one of them
-    logged last, equal ones too, with "change" = b − a where both are numbers.
+    Sections are "config", "data" (fingerprints of base, data, tokenizer and what is retained),
+    "code" (jaxtune's own source, versions of packages, devices), and "results": every metric that
+    both or one of them logged last, equal ones too, with "change" = b − a where both are numbers.
 
     Args:
         one, two: workdirs; a run that has not ended has no summary, and shows the rest.
@@ -33,14 +33,14 @@ def diff(one: str | Path, two: str | Path) -> dict[str, list[dict[str, Any]]]:
     a, b = (read_run(place(path, "RUN")) for path in (one, two))
     return {
         "config": [{"key": k, "a": x, "b": y} for k, x, y in changes(a["config"], b["config"])],
-        "data": differing(a["summary"].get("fingerprints"), b["summary"].get("fingerprints")),
+        "data": differing(a["fingerprints"], b["fingerprints"]),
         "code": differing(chosen(a["summary"], CODE), chosen(b["summary"], CODE)),
         "results": results(a, b),
     }
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
-    """Returns {"config", "summary", "metrics"} of a workdir."""
+    """Returns {"config", "summary", "fingerprints", "metrics"} of a workdir."""
     if not (workdir / files.CONFIG).is_file():
         raise RequestError(f"holds no run: there is no {files.CONFIG}", key="RUN", where=workdir)
     config = read_json(workdir / files.CONFIG)
@@ -49,7 +49,12 @@ def read_run(workdir: Path) -> dict[str, Any]:
     path = workdir / files.SUMMARY
     summary = read_json(path) if path.is_file() else {}
     rows = metrics_file(workdir / files.METRICS).rows()
-    return {"config": config, "summary": summary, "metrics": files.last_metrics(rows)}
+    return {
+        "config": config,
+        "summary": summary,
+        "fingerprints": files.digests(workdir, summary),
+        "metrics": files.last_metrics(rows),
+    }
 
 
 def chosen(summary: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -61,9 +66,8 @@ def chosen(summary: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]
     return out
 
 
-def differing(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns {"key", "a", "b"} of the entries that are not equal."""
-    a, b = a or {}, b or {}
     names = dict.fromkeys([*a, *b])
     return [{"key": n, "a": a.get(n), "b": b.get(n)} for n in names if a.get(n) != b.get(n)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtune.data.questions import Question
 from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
 from jaxtune.evaluate.loss import Sums, loss_sums
+from jaxtune.parallel import processes
 from jaxtune.parallel.batches import held_rows
 from jaxtune.parallel.mesh import batch_shards, make_mesh
 from jaxtune.recipes import harness, judged
@@ -108,14 +109,8 @@ def evaluate(
         dtype = "bfloat16" if run is None else run.model.dtype
     mesh = None
     if jax.process_count() > 1:
-        for key, given in (
-            ("--tasks", asked),
-            ("--metrics", metrics),
-            ("--labels", labels),
-            ("--judge", judge),
-        ):
-            if given is not None:
-                raise RequestError("run in one process; give --distributed=none", key=key)
+        if asked is not None:
+            raise RequestError("run in one process; give --distributed=none", key="--tasks")
         mesh = make_mesh({"fsdp": -1})
     lm = load(where, adapter=adapter, dtype=dtype, mesh=mesh)
     if (asked is not None or texts is not None) and not lm.config.lm_head:
@@ -163,14 +158,32 @@ def evaluate(
             others = measure_texts(other, theirs, texts, size, found.names)
             report["against"] |= found.compared(others)
             if opened:
-                report["judge"] = judged.compare(opened, every, found.texts, others.texts)
+                report["judge"] = by_one(
+                    lambda: judged.compare(opened, every, found.texts, others.texts)
+                )
     elif opened:
-        report["judge"] = judged.grade(opened, every, found.texts)
+        report["judge"] = by_one(lambda: judged.grade(opened, every, found.texts))
     if len(stores) > 1:
         report["sources"] = pooled(results, 0, found)
     if any(entry.by is not None for entry in entries):
         report["by"] = pooled(results, 1, found)
     return report
+
+
+def by_one(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what the first process is told, in all of them: a judge is asked once.
+
+    Raises:
+        RequestError: in all of them, what `ask` raised.
+    """
+    told = refused = None
+    if processes.is_writer():
+        try:
+            told = ask()
+        except RequestError as error:
+            refused = error
+    processes.all_agree("verdicts", refused)
+    return processes.gather("verdicts", told)[0]
 
 
 def pooled(

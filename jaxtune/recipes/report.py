@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ def report(workdir: Path) -> str:
         *section("Samples", sampled(workdir)),
         *section("Data", report_data.data(workdir, config, summary)),
         *section("Cost", cost(summary)),
-        *section("Fingerprints", fingerprints(summary)),
-        *section("Again", again(workdir, config)),
+        *section("Fingerprints", fingerprints(workdir, summary)),
+        *section("Again", again(workdir, config, summary)),
     ]
     return html.page(f"{config['objective']['name']}: {workdir.name}", *parts)
 
@@ -72,7 +72,7 @@ def head(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup:
         ("steps", f"{summary.get('step', 0):,} of {summary.get('total_steps', 0):,}"),
         ("tokens", f"{summary.get('tokens', 0):,}"),
         ("trained parameters", f"{counts.get('trainable', 0):,}"),
-        ("of all", f"{counts.get('total', 0):,}"),
+        ("parameters in all", f"{counts.get('total', 0):,}"),
     ]
     metrics = summary.get("metrics", {})
     for name in ("loss", "eval/loss", "eval/accuracy", "eval/reward", "retention/nll_rise"):
@@ -98,8 +98,10 @@ def curves(rows: Rows, names: Sequence[str]) -> Markup | None:
     found = [curve for curve in found if len(curve[1]) > 1]
     if not found:
         return None
-    label = ", ".join(name for name, *_ in found) + " by step"
-    return html.join([html.lines(found, label), html.paragraph(label, soft=True)])
+    names = [name for name, *_ in found]
+    label = ", ".join(names) + " by step"
+    below = html.legend(names) if len(names) > 1 else html.paragraph(label, soft=True)
+    return html.join([html.lines(found, label), below])
 
 
 def others(rows: Rows) -> Markup | None:
@@ -124,8 +126,9 @@ def others(rows: Rows) -> Markup | None:
 
 
 def retained(rows: Rows) -> Markup | None:
-    """Returns the loss on what is retained, and the way between target and retention."""
-    parts = [drawn for drawn in [curves(rows, ["retention/nll"])] if drawn is not None]
+    """Returns what was kept and lost, its curves, and the way between target and retention."""
+    names = [f"retention/{name}" for name in ("nll", "kl", "accuracy")]
+    parts = [part for part in (kept(rows), *(curves(rows, [n]) for n in names)) if part is not None]
     points = [
         (row["eval/loss"], row["retention/nll"])
         for row in rows
@@ -139,16 +142,40 @@ def retained(rows: Rows) -> Markup | None:
     return html.join(parts) if parts else None
 
 
+def kept(rows: Rows) -> Markup | None:
+    """Returns each loss, KL and accuracy on what is retained, before and after, as a table."""
+    known = [row for row in rows if any(name.startswith("retention/") for name in row)]
+    if not known:
+        return None
+    first, last = known[0], known[-1]
+    cells = []
+    for name in last:
+        if not name.startswith("retention/") or not name.endswith(("nll", "kl", "accuracy")):
+            continue
+        ends = [last.get(f"{name}_drop/{end}") for end in ("high", "low")]
+        cells.append(
+            (
+                name.removeprefix("retention/"),
+                *(f"{row[name]:.4g}" if name in row else "" for row in (first, last)),
+                f"{last[name] - first[name]:+.4g}" if name in first else "",
+                "" if None in ends else f"{-ends[0]:+.4g} to {-ends[1]:+.4g}",
+            )
+        )
+    header = ("", "before", "after", "change", "95 % interval")
+    return html.table(header, cells, numbers=(1, 2, 3, 4))
+
+
 def side_by_side(workdir: Path) -> Markup | None:
     """Returns completions before and after training, beside what the data has."""
     found = showcase.read(workdir)
     if not found:
         return None
-    rows = [
-        (item["prompt"], item.get("before", ""), item.get("after", ""), item["wanted"])
-        for item in found
-    ]
-    return html.table(("prompt", "before", "after", "in the data"), rows)
+    parts = []
+    for item in found:
+        parts.append(html.paragraph(item["prompt"]))
+        texts = [(when, item.get(when, "")) for when in ("before", "after")]
+        parts.append(html.beside([*texts, ("in the data", item["wanted"])]))
+    return html.join(parts)
 
 
 def sampled(workdir: Path) -> Markup | None:
@@ -190,84 +217,24 @@ def cost(summary: Mapping[str, Any]) -> Markup | None:
     if spent["usd"] is not None:
         price = f"{spent['usd_per_device_hour']:g} an hour of a device, {spent['price_source']}"
         rows.append(("US dollars", f"{spent['usd']:,.2f} ({price})"))
-    return html.table(("", ""), [*rows, *summary.get("versions", {}).items()])
+    return html.table(("", ""), rows)
 
 
-def fingerprints(summary: Mapping[str, Any]) -> Markup | None:
+def fingerprints(workdir: Path, summary: Mapping[str, Any]) -> Markup | None:
     """Returns every fingerprint of the run."""
-    known = {**summary.get("fingerprints", {}), "code": summary.get("code")}
+    known = files.digests(workdir, summary) | {"code": summary.get("code")}
     rows = [(name, element("code", text(value))) for name, value in known.items() if value]
     return html.table(("of", "digest"), rows) if rows else None
 
 
-def again(workdir: Path, config: Mapping[str, Any]) -> Markup:
-    """Returns how to make the run again, with its whole config."""
+def again(workdir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup:
+    """Returns how to make the run again: command, versions of packages, and its whole config."""
     saved = workdir / files.CONFIG
     command = f"jaxtune train --config={shlex.quote(str(saved))} --workdir=NEW_DIR"
     whole = element("pre", text(json.dumps(config, indent=1, ensure_ascii=False)))
     folded = html.folded(element("b", text("config.json")), whole)
-    return html.join([element("pre", text(command)), folded])
-
-
-def write_sweep(workdir: Path, ranked: Iterable[Any], metric: str) -> Path:
-    """Writes `report.html` of a sweep: ranking, parallel coordinates, curves overlaid.
-
-    Args:
-        workdir: of the sweep.
-        ranked: the `sweep.Row`s, best first.
-        metric: that ranks.
-    """
-    rows = list(ranked)
-    keys = list(dict.fromkeys(key for row in rows for key in row.overrides))
-    cells = [
-        (
-            number,
-            "" if row.metric is None else f"{row.metric:.5g}",
-            *(str(row.overrides.get(key, "")) for key in keys),
-            row.status,
-            Path(row.trial).name,
-        )
-        for number, row in enumerate(rows, 1)
-    ]
-    table = html.table(("", metric, *keys, "status", "trial"), cells, numbers=(0, 1))
-    drawn = []
-    for row in rows:
-        path = workdir / row.trial / files.METRICS
-        found = series(metrics_file(path).rows(), metric) if path.is_file() else ([], [])
-        if len(found[0]) < 2 and path.is_file():
-            found = series(metrics_file(path).rows(), "loss")
-        if len(found[0]) > 1:
-            drawn.append((Path(row.trial).name, *found))
-    parts = [
-        *section("Ranking", table),
-        *section("Settings and result", coordinates(rows, keys, metric)),
-        *section("Curves", html.lines(drawn, "curves of all trials") if drawn else None),
-    ]
-    path = workdir / REPORT
-    write_whole(path, html.page(f"Sweep: {workdir.name}", *parts))
-    return path
-
-
-def coordinates(rows: Sequence[Any], keys: Sequence[str], metric: str) -> Markup | None:
-    """Returns the trials as lines over one axis for each key and one for the metric."""
-    known = [row for row in rows if row.metric is not None]
-    if len(known) < 2 or not keys:
-        return None
-    axes = [(key, [row.overrides.get(key) for row in known]) for key in keys]
-    axes.append((metric, [row.metric for row in known]))
-    return html.parallel([(name, places(values)) for name, values in axes], "settings and result")
-
-
-def places(values: Sequence[Any]) -> list[tuple[float, str]]:
-    """Returns (place in 0..1, label) of each value: numbers by size, others by kind.
-
-    >>> places([1, 3, 2])
-    [(0.0, '1'), (1.0, '3'), (0.5, '2')]
-    >>> places(["b", "a", "b"])
-    [(1.0, 'b'), (0.0, 'a'), (1.0, 'b')]
-    """
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    kinds = sorted(set(values)) if numbers else sorted({str(v) for v in values})
-    low, span = (kinds[0], (kinds[-1] - kinds[0]) or 1) if numbers else (0, (len(kinds) - 1) or 1)
-    at = (lambda v: (v - low) / span) if numbers else (lambda v: kinds.index(str(v)) / span)
-    return [(float(at(v)), f"{v:g}" if isinstance(v, float) else str(v)) for v in values]
+    packages = ", ".join(
+        f"{name} {version}" for name, version in summary.get("versions", {}).items()
+    )
+    told = [html.paragraph(f"Made with {packages}.", soft=True)] if packages else []
+    return html.join([element("pre", text(command)), *told, folded])

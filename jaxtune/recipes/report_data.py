@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtune.core import page as html
-from jaxtune.core.page import Markup
+from jaxtune.core.page import Markup, without_directories
 from jaxtune.training.workdir import read_json
 
 # `jaxtune data doctor --json=WORKDIR/doctor.json` puts its findings into the run's report.
@@ -36,9 +36,18 @@ def counted(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | N
     rows = [(name, *(f"{counts.get(name, 0):,}" for counts in stats["sources"])) for name in names]
     header = ("", *names_of(config))
     rest = {k: v for k, v in stats.items() if k != "sources" and isinstance(v, int | float)}
-    told = ", ".join(f"{name.replace('_', ' ')}: {value:,.4g}" for name, value in rest.items())
+    told = ", ".join(f"{name.replace('_', ' ')}: {number(value)}" for name, value in rest.items())
     table = html.table(header, rows, numbers=range(1, len(header)))
     return html.join([table, html.paragraph(told, soft=True)])
+
+
+def number(value: float) -> str:
+    """Returns a number as a person reads it.
+
+    >>> number(28715), number(0.24934)
+    ('28,715', '0.2493')
+    """
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
 def reviewed(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
@@ -90,8 +99,8 @@ def diagnosed(workdir: Path, config: Mapping[str, Any]) -> Markup | None:
 def placed(example: Mapping[str, Any]) -> str:
     """Returns where an example of a finding stands, and what is said of it.
 
-    >>> placed({"where": "a.jsonl:3", "detail": "as b.jsonl:1"})
+    >>> placed({"where": "data/a.jsonl:3", "detail": "as data/b.jsonl:1"})
     'a.jsonl:3 (as b.jsonl:1)'
     """
-    detail = example.get("detail")
-    return f"{example['where']} ({detail})" if detail else example["where"]
+    where, detail = (without_directories(example.get(name) or "") for name in ("where", "detail"))
+    return f"{where} ({detail})" if detail else where

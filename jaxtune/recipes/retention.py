@@ -34,11 +34,11 @@ from jaxtune.recipes.retention_kl import loss_with_kl, tops_of
 from jaxtune.recipes.schema_retention import METRICS_OF
 from jaxtune.recipes.sft import sft_loss
 from jaxtune.recipes.teacher_data import ROWS, TopK
+from jaxtune.recipes.workdir import RETAINED
 from jaxtune.training.compile import Layout, jit_evaluation
 from jaxtune.training.step import Batch, SumLoss
 from jaxtune.training.workdir import read_json, write_json
 
-FILE = "retention.json"  # in the workdir: what was measured before the first step
 NLL, RISE = "retention/nll", "retention/nll_rise"
 Metrics = dict[str, float]
 
@@ -232,7 +232,7 @@ def begin(
     Raises:
         RequestError: the run is past its start and the file is gone, or of other data.
     """
-    path = workdir / FILE
+    path = workdir / RETAINED
     known = read_json(path) if path.is_file() else {}
     if known.get("data") == retention.fingerprint():
         hits = {name: np.array(own, np.float64) for name, own in known.get("hits", {}).items()}

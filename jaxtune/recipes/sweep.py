@@ -16,7 +16,7 @@ from typing import Any
 from jaxtune.core.errors import RequestError, nearest
 from jaxtune.recipes.hyper import Trial, short_name
 from jaxtune.recipes.overrides import assign
-from jaxtune.recipes.report import write_sweep
+from jaxtune.recipes.report_sweep import write_sweep
 from jaxtune.recipes.schema import Resolved, changes, resolve
 from jaxtune.recipes.workdir import check_writable
 from jaxtune.training.workdir import read_json

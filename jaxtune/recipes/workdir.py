@@ -26,6 +26,7 @@ from jaxtune.training.stop import FINISHED, RETENTION
 from jaxtune.training.workdir import read_json, write_json
 
 CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+RETAINED = "retention.json"  # what was measured of what is to be retained, before the first step
 SAMPLES = "samples.jsonl"  # what online objectives sampled, a few completions an iteration
 CHECKPOINTS, DAMAGED, LOCK = "checkpoints", "damaged", ".lock"
 
@@ -110,6 +111,18 @@ def check_fingerprints(
                 key=keys[name],
                 where=workdir,
             )
+
+
+def digests(workdir: Path, summary: Mapping[str, Any]) -> dict[str, str | None]:
+    """Returns every fingerprint of a run: those of its summary, and of what it retains.
+
+    Args:
+        workdir: of the run.
+        summary: its summary, or {}.
+    """
+    path = workdir / RETAINED
+    kept = read_json(path).get("data") if path.is_file() else None
+    return {**summary.get("fingerprints", {}), "retention data": kept}
 
 
 @contextmanager

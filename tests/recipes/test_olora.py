@@ -18,7 +18,10 @@ from jaxtune.core.tree import flatten
 from jaxtune.optim.orthogonal import overlap
 from jaxtune.recipes.build import build
 from jaxtune.recipes.schema import resolve
+from tests.correctness import interrupts
+from tests.correctness.interrupts import Workbench
 from tests.correctness.runs import run_config
+from tests.correctness.tiny_runs import arrays, assert_same_run, steps
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +40,8 @@ def earlier(tmp_path_factory) -> Path:
 def on_top(directory: Path, earlier: Path, peft=None, **retention):
     """The config of a run on the earlier one's result."""
     directory.mkdir(exist_ok=True)
-    config = run_config(directory, peft or {"method": "lora", "rank": 3})
+    often = {"every_steps": 2}
+    config = run_config(directory, peft or {"method": "lora", "rank": 3}, checkpoint=often)
     config.retention = retention
     config.model = {"path": str(earlier / "run"), "dtype": "float32"}
     return config
@@ -48,17 +52,40 @@ def factors(workdir: Path) -> dict:
     return {path: leaf for path, leaf in params.items() if path.endswith("/lora/a")}
 
 
-def test_it_keeps_away(tmp_path, earlier):
+@pytest.fixture(scope="module")
+def bench() -> Workbench:
+    return Workbench()
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory, earlier, bench):
+    """(config, workdir) of a run that keeps away."""
+    place = tmp_path_factory.mktemp("pushed")
+    config = on_top(place, earlier, olora=3.0, olora_from=[str(earlier / "peft")]).to_dict()
+    bench.train(config, place / "run")
+    return config, place / "run"
+
+
+def test_it_keeps_away(tmp_path, earlier, pushed):
     old = factors(earlier / "run")
     assert old and all(leaf.shape[-1] == 2 for leaf in old.values())
-    pushed = {"olora": 3.0, "olora_from": [str(earlier / "peft")]}
+    jaxtune.train(on_top(tmp_path, earlier), tmp_path / "free")
     found = {}
-    for name, retention in (("free", {}), ("pushed", pushed)):
-        config = on_top(tmp_path / name, earlier, **retention)
-        jaxtune.train(config, tmp_path / name / "run")
-        new = factors(tmp_path / name / "run")
+    for name, workdir in (("free", tmp_path / "free"), ("pushed", pushed[1])):
+        new = factors(workdir)
         found[name] = sum(float(overlap(old[path], new[path])) for path in old)
     assert found["pushed"] < 0.8 * found["free"]
+
+
+def test_stopped_and_continued_it_is_the_same_run(tmp_path, pushed, bench):
+    config, undisturbed = pushed
+    with interrupts.after_the_row(3):
+        bench.train(config, tmp_path / "run")
+    assert steps(tmp_path / "run") == [2]
+    bench.train(config, tmp_path / "run")
+    assert len(bench.batches) == 2
+    assert_same_run(undisturbed, tmp_path / "run")
+    assert any("/earlier/" in name for name in arrays(undisturbed))
 
 
 def test_the_earlier_factors_are_read_from_both_layouts_and_set_side_by_side(tmp_path, earlier):

@@ -10,7 +10,7 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
-from jaxtune.recipes.report import report
+from jaxtune.recipes.report import kept, report
 from jaxtune.recipes.schema import resolve
 from tests.cli import bad_world
 
@@ -89,6 +89,7 @@ def test_a_run_ends_with_its_report(world, tmp_path):
         summary["stop_reason"],
         f"{summary['metrics']['eval/loss']:.4g}",
         *filter(None, summary["fingerprints"].values()),
+        json.loads((workdir / "retention.json").read_text())["data"],
         summary["code"],
         f"{summary['parameters']['trainable']:,}",
         f"{summary['memory']['host_bytes'] / 2**30:,.2f} GiB",
@@ -96,6 +97,10 @@ def test_a_run_ends_with_its_report(world, tmp_path):
         f"most {summary['data']['review'][0]['longest']}",
     ):
         assert value in words
+    metrics, at = summary["metrics"], page.words.index("nll")
+    after, rise = page.words[at + 2 : at + 4]
+    assert after == f"{metrics['retention/nll']:.4g}"
+    assert rise == f"{metrics['retention/nll_rise']:+.4g}"
     items = json.loads((workdir / "showcase.json").read_text())["items"]
     assert len(items) == 2 and all({"before", "after", "wanted"} <= set(item) for item in items)
     # What the page names does make the run again.
@@ -104,6 +109,20 @@ def test_a_run_ends_with_its_report(world, tmp_path):
     one, two = (json.loads((d / "summary.json").read_text()) for d in (workdir, tmp_path / "again"))
     assert one["metrics"]["loss"] == two["metrics"]["loss"]
     assert one["cost"]["usd"] == pytest.approx(one["wall_seconds"]) and two["cost"]["usd"] is None
+
+
+def test_what_is_retained_is_told_with_its_interval():
+    before = {"step": 0, "retention/nll": 1.0, "retention/accuracy": 0.75, "retention/kl": 0.0}
+    ends = {"retention/accuracy_drop/low": 0.05, "retention/accuracy_drop/high": 0.4}
+    after = {"step": 9, "retention/nll": 1.5, "retention/accuracy": 0.5, "retention/kl": 0.2}
+    page = Page(kept([before, {"step": 3, "loss": 2.0}, after | ends]))
+    words = [word for word in page.words if word.strip()]
+    assert words[4:] == [
+        *("nll", "1", "1.5", "+0.5"),
+        *("accuracy", "0.75", "0.5", "-0.25", "-0.4 to -0.05"),
+        *("kl", "0", "0.2", "+0.2"),
+    ]
+    assert kept([{"step": 3, "loss": 2.0}]) is None
 
 
 def test_what_the_doctor_found_is_in_the_page(world, tmp_path):

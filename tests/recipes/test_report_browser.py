@@ -12,7 +12,7 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
-from jaxtune.recipes.report import write_sweep
+from jaxtune.recipes.report_sweep import write_sweep
 from jaxtune.recipes.sweep import Row
 from tests.recipes.test_report import config_of, world
 
@@ -42,7 +42,9 @@ addEventListener("load", () => {{
     const svgs = [...page.querySelectorAll("svg")];
     return {{wide: page.documentElement.scrollWidth, tall: page.documentElement.scrollHeight,
       svgs: svgs.length, drawn: svgs.filter(s => s.clientHeight > 20).length,
-      size: parseFloat(getComputedStyle(page.body).fontSize)}};
+      size: parseFloat(getComputedStyle(page.body).fontSize),
+      label: Math.min(...[...page.querySelectorAll("svg text")].map(t =>
+        parseFloat(getComputedStyle(t).fontSize) * t.getScreenCTM().a))}};
   }}));
 }});</script>"""
 
@@ -84,7 +86,7 @@ def test_pages_fit_a_phone_and_are_drawn(pages):
     run, sweep, doctor = measured(pages, ["trial/report.html", "report.html", "doctor.html"])
     for page in (run, sweep, doctor):
         assert page["wide"] <= 390 and page["size"] >= 16
-        assert page["drawn"] == page["svgs"]
+        assert page["drawn"] == page["svgs"] and page["label"] >= 11
     assert run["svgs"] >= 5 and run["tall"] > 1500
     assert sweep["svgs"] == 2
     assert doctor["svgs"] >= 1

@@ -41,6 +41,7 @@ class Chunk:
         answers: to prompts that name one group.
         items: {kind: (row of the span, item of an evaluation set)}.
         examples: {kind: shown rows}.
+        samples: words of some of the rows; see `topics.sampled`.
         tally: counts.
     """
 
@@ -60,6 +61,7 @@ class Chunk:
     answers: list[Named] = field(default_factory=list)
     items: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     examples: dict[str, list[Shown]] = field(default_factory=dict)
+    samples: list[frozenset[str]] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
 
     def flag(self, kind: str, at: int, detail: str, most: int, text: str = "") -> None:

@@ -49,6 +49,7 @@ class Diagnosis:
         spared: rows that are near duplicates of rows that are removed themselves, so that they
             may stay.
         tally: counts over all rows.
+        samples: words of some of the rows; see `topics.sampled`.
         answers: answers to prompts that name groups.
         index: of the evaluation sets, or None.
         common_language: what most rows are in, or None.
@@ -67,6 +68,7 @@ class Diagnosis:
     examples: dict[str, list[Shown]]
     spared: np.ndarray
     tally: Tally
+    samples: list[frozenset[str]]
     answers: Answers
     index: contamination.Index | None
     common_language: str | None
@@ -160,6 +162,7 @@ class _Gathered:
         self.codes: dict[str, int] = {UNKNOWN: 0}
         self.examples: dict[str, list[Shown]] = {}
         self.tally = Tally()
+        self.samples: list[frozenset[str]] = []
         self.answers = Answers()
         self.items: dict[str, dict[int, int]] = {}
 
@@ -181,6 +184,7 @@ class _Gathered:
             for one in shown[: self.settings.kept_examples - len(kept)]:
                 kept.append(one.moved(base))
         self.tally.add(chunk.tally)
+        self.samples += chunk.samples
         self.answers.add(chunk.answers)
         for kind, found in chunk.items.items():
             self.items.setdefault(kind, {}).update((start + at, item) for at, item in found)
@@ -201,6 +205,7 @@ class _Gathered:
             examples=self.examples,
             spared=np.zeros(0, np.int64),
             tally=self.tally,
+            samples=self.samples,
             answers=self.answers,
             index=context.index,
             common_language=common,

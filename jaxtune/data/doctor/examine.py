@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxtune.core.errors import RequestError
-from jaxtune.data.doctor import answers, contamination, minhash, ngrams, pii, texts
+from jaxtune.data.doctor import answers, contamination, minhash, ngrams, pii, texts, topics
 from jaxtune.data.doctor.chunk import Chunk, new_chunk
 from jaxtune.data.doctor.groups import Named
 from jaxtune.data.doctor.kinds import BIT
@@ -60,6 +60,11 @@ class Context:
     special: re.Pattern[str] | None
     words: re.Pattern[str] | None
     groups: Mapping[str, tuple[str, str]]
+
+    def sampled(self, number: int, row: int) -> bool:
+        """Tells whether a row of an input is one of those whose topic is looked for."""
+        before = sum(rows.size for rows in self.rows[:number])
+        return topics.sampled(before + row, sum(rows.size for rows in self.rows))
 
 
 def examine(context: Context, number: int, span: Span) -> Chunk:
@@ -178,7 +183,10 @@ def _look(context: Context, out: Chunk, at: int, shown: View, example: Example |
             shown.system, shown.prompt, *shown.answers, "\0", *shown.rejected, shown.label or "",
         )  # fmt: skip
         out.exact[at] = ngrams.digest("\0".join(part.strip() for part in parts))
-    tally.terms.update(set(ngrams.words_only(body).split()))
+    words = frozenset(ngrams.words_only(body).split())
+    tally.terms.update(words)
+    if context.sampled(out.input, out.first + at):
+        out.samples.append(words)
     asked = shown.asked()
     if asked is not None:
         question, said = (ngrams.digest(ngrams.squeezed(text)) for text in asked)

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtune.core import page as html
-from jaxtune.core.page import Markup, element, text
+from jaxtune.core.page import Markup, element, text, without_directories
 from jaxtune.data.doctor.language import UNKNOWN
-from jaxtune.data.doctor.report import without_directories
 
 _LINES_SHOWN = 60
 
@@ -150,12 +149,15 @@ def _balance(balance: Mapping[str, Any]) -> list[Markup]:
         parts.append(_shares(labels["top"], "label"))
     for name, entries in balance["fields"].items():
         parts += [html.heading(f"Field {name}", 3), _shares(entries, name)]
+    if balance["topics"]:
+        rows = [(", ".join(t["terms"]), f"{t['share']:.1%}") for t in balance["topics"]]
+        parts += [html.heading("Topics", 3), html.table(("words", "rows"), rows, numbers=(1,))]
     if balance["openings"]:
         shown = _shares(balance["openings"], "first words of the answer")
         parts.append(html.folded(text("Openings of answers"), shown))
     if balance["terms"]:
         listed = ", ".join(f"{e['value']} ({e['share']:.1%})" for e in balance["terms"])
-        parts.append(html.folded(text("Topics: frequent words"), html.paragraph(listed)))
+        parts.append(html.folded(text("Frequent words"), html.paragraph(listed)))
     return parts or [html.paragraph("No labels, fields or repeated openings.")]
 
 

@@ -103,7 +103,9 @@ def _judge_sides(
     except RequestError as error:
         return Verdict(-1, 0, 0, faults or {"template_refused": error.message})
     size = room_of(item, False, 0)
-    left = item if not seq_len or size <= seq_len else truncated(item, seq_len, False, 0)
+    left = item
+    if seq_len and size > seq_len:  # the model's positions are not known here
+        left = truncated(item, seq_len, seq_len, False, 0)
     kept = 0 if left is None else int(np.count_nonzero(left.mask))
     return Verdict(size, int(np.count_nonzero(item.mask)), kept, faults)
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxtune.core.page import without_directories
 from jaxtune.data.doctor import lengths
 from jaxtune.data.doctor.diagnose import Diagnosis
 from jaxtune.data.doctor.kinds import ALL, SEVERITIES, Kind
 from jaxtune.data.doctor.language import UNKNOWN
 from jaxtune.data.doctor.tally import ranked
+from jaxtune.data.doctor.topics import topics
 
 SCHEMA = 1
 _TOP = 20
@@ -154,6 +156,7 @@ def _balance(found: Diagnosis) -> dict[str, Any]:
             if 1 <= len(counts) <= min(_MOST_LABELS, max(2, sum(counts.values()) // 2))
         },
         "terms": _shares(terms, total, 40),
+        "topics": topics(found.samples, [word for word, _ in ranked(terms)]),
         "rare_values_dropped": sorted(tally.pruned),
     }
 
@@ -184,15 +187,6 @@ def write(path: str | os.PathLike[str], text: str) -> None:
 def as_json(report: Mapping[str, Any]) -> str:
     """Returns the report as JSON text."""
     return json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-
-
-def without_directories(words: str) -> str:
-    """Leaves the directories of paths out, for a narrow place.
-
-    >>> without_directories("as data/train.jsonl:3")
-    'as train.jsonl:3'
-    """
-    return " ".join(word.rpartition("/")[2] if "/" in word else word for word in words.split(" "))
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:

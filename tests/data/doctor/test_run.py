@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import html.parser
+import io
 import json
 
 import pytest
+from rich.console import Console
 
 from jaxtune.core.errors import RequestError
 from jaxtune.data.doctor import kinds, pii
@@ -62,6 +64,20 @@ def test_arrays_and_datasets_are_read(doctor, tmp_path):
     settings = Settings((Input("d", f"tfds:{tmp_path}/sets/mine:train", "completion", "d"),))
     report = examine(settings)
     assert lines_of(report, "email", "d") == {7} and lines_of(report, "duplicate", "d") == {40}
+
+
+def test_it_shows_how_far_it_is(tmp_path):
+    """A bar on a terminal; what is piped gets no bar."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in world.made_rows(30, seed=15)))
+    settings = Settings((Input("train", f"jsonl:{path}", "completion", "train"),))
+    shown = {}
+    for terminal in (True, False):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80)
+        examine(settings, console=console)
+        shown[terminal] = console.file.getvalue()
+    assert "looking at rows" in shown[True] and "30/30" in shown[True]
+    assert shown[False] == ""
 
 
 def test_a_copy_is_clean_and_says_what_it_lost(seeded, doctor, tmp_path):
