@@ -33,6 +33,7 @@ $(INSTALLED): pyproject.toml
 
 quickstart: install
 	$(BIN)/jaxtune quickstart --workdir=$(WORKDIR)
+	@echo "'source $(BIN)/activate' puts jaxtune on the PATH"
 
 lint: install
 	$(BIN)/ruff check .

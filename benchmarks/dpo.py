@@ -29,8 +29,16 @@ from typing import Any
 import numpy as np
 
 from benchmarks.page import table
-from benchmarks.peers import ALPHA, RANK, RATE, tunix_policy, write_model
-from benchmarks.reference import LINEARS
+from benchmarks.peers import (
+    ALPHA,
+    RANK,
+    RATE,
+    trl_model,
+    trl_settings,
+    trl_update,
+    tunix_policy,
+    write_model,
+)
 from benchmarks.step import Contestant, memory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,10 +125,8 @@ def product(model: Path, data: Path, options: argparse.Namespace, shared: bool) 
 
 def by_trl(model: Path, pairs: list[dict[str, list[int]]], scratch: Path) -> Entrant:
     """Returns a step of TRL's DPOTrainer with a PEFT LoRA: its own `training_step`, then AdamW."""
-    import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
     class Given(DPOTrainer):
@@ -131,38 +137,20 @@ def by_trl(model: Path, pairs: list[dict[str, list[int]]], scratch: Path) -> Ent
 
     rows = [{f"{side}_ids": ids for side, ids in pair.items()} for pair in pairs]
     trainer = Given(
-        LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
+        **trl_model(model),
         args=DPOConfig(
-            output_dir=str(scratch / "trl"),
+            **trl_settings(scratch / "trl"),
             per_device_train_batch_size=len(pairs),
             beta=BETA,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
             max_length=None,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to="none",
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(model),
-        peft_config=LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM"
-        ),
     )
-    trainer.create_optimizer_and_scheduler(1000)
-    trainer.current_gradient_accumulation_steps = 1
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
+    update = trl_update(trainer)
 
     def measure() -> tuple[float, float]:
-        loss = trainer.training_step(trainer.model, dict(batch))
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return loss.item(), trainer._metrics["train"]["logps/chosen"][-1]
+        return update(), trainer._metrics["train"]["logps/chosen"][-1]
 
     return Entrant(f"TRL {version('trl')}", lambda: measure()[0], measure=measure)
 

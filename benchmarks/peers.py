@@ -1,11 +1,14 @@
-"""What the speed tables share: a model on disk, and how Tunix reads it."""
+"""What the speed tables share: a model on disk, how Tunix reads it, how TRL trains it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.reference import LINEARS
 
 RANK, ALPHA, RATE = 8, 16, 1e-3
 
@@ -65,3 +68,54 @@ def tunix_policy(model: Path) -> tuple[Any, Any, Any]:
         provider = qwix.LoraProvider(module_path=names, rank=RANK, alpha=ALPHA)
         policy = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
     return mesh, base, policy
+
+
+def trl_settings(directory: Path) -> dict[str, Any]:
+    """Returns what the configs of TRL's trainers have in common: float32 on CPU, AdamW."""
+    return {
+        "output_dir": str(directory),
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+    }
+
+
+def trl_model(model: Path) -> dict[str, Any]:
+    """Returns the arguments of a TRL trainer that say what is trained: the model, a PEFT LoRA."""
+    import torch
+    from peft import LoraConfig
+    from transformers import LlamaForCausalLM
+
+    return {
+        "model": LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
+        "peft_config": LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        ),
+    }
+
+
+def trl_update(trainer: Any) -> Callable[[], float]:
+    """Returns a step of a TRL trainer on its first batch: its own `training_step`, then AdamW.
+
+    The step returns the loss.
+    """
+    import torch
+
+    trainer.create_optimizer_and_scheduler(1000)
+    trainer.current_gradient_accumulation_steps = 1
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def update() -> float:
+        trainer.model.train()
+        loss = trainer.training_step(trainer.model, batch, None)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return loss.item()
+
+    return update

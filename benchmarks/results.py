@@ -125,6 +125,7 @@ def config_of(
 def scored(lm: Any, rows: Sequence[Sequence[int]], batch: int = 64) -> Iterable[tuple[int, Any]]:
     """Yields (index of a row, log-probabilities of its tokens from the second on)."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    batch = min(batch, len(rows))
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         # A last batch is filled up with copies: one shape to compile.

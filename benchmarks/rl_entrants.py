@@ -13,8 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import ALPHA, RANK, RATE, tunix_policy
-from benchmarks.reference import LINEARS
+from benchmarks.peers import (
+    ALPHA,
+    RANK,
+    RATE,
+    trl_model,
+    trl_settings,
+    trl_update,
+    tunix_policy,
+)
 from benchmarks.step import Contestant
 
 KL = 0.04
@@ -115,17 +122,15 @@ def product(model: Path, prompts: Sequence[str], options: argparse.Namespace, at
 
 def by_trl(model: Path, prompts: Sequence[str], options: argparse.Namespace, at: Path) -> Entrant:
     """Returns an iteration of TRL's GRPOTrainer with a PEFT LoRA: its `training_step`, AdamW."""
-    import torch
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
     trainer = GRPOTrainer(
-        LlamaForCausalLM.from_pretrained(model, dtype=torch.float32),
+        **trl_model(model),
         reward_funcs=even,
         args=GRPOConfig(
-            output_dir=str(at / "trl"),
+            **trl_settings(at / "trl"),
             per_device_train_batch_size=options.prompts * options.samples,
             num_generations=options.samples,
             max_completion_length=options.tokens,
@@ -134,37 +139,14 @@ def by_trl(model: Path, prompts: Sequence[str], options: argparse.Namespace, at:
             temperature=1.0,
             top_p=1.0,
             top_k=0,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
-            optim="adamw_torch",
             shuffle_dataset=False,
-            bf16=False,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to="none",
         ),
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        peft_config=LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS), task_type="CAUSAL_LM"
-        ),
     )
-    trainer.create_optimizer_and_scheduler(1000)
-    trainer.current_gradient_accumulation_steps = 1
-    trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    batch = next(iter(trainer.get_train_dataloader()))
     sampling: list[float] = []
     trainer._generate_single_turn = timed(trainer._generate_single_turn, sampling)
-
-    def step() -> float:
-        trainer.model.train()
-        loss = trainer.training_step(trainer.model, batch, None)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        return loss.item()
-
-    return Entrant(f"TRL {version('trl')}", step, sampling=sampling)
+    return Entrant(f"TRL {version('trl')}", trl_update(trainer), sampling=sampling)
 
 
 def by_tunix(model: Path, prompts: Sequence[str], options: argparse.Namespace) -> Entrant:

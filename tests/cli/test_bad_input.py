@@ -78,7 +78,7 @@ CONFIGS: list[tuple[str, ...]] = [
     ("--config.peft.targets=[q_proj,v_proj]", "peft.targets", "strings of a list are quoted"),
     ("--config.peft.train=['nothing/.*']", "nothing/.*", "match"),
     ("--config.peft.init_from=nowhere", "nowhere"),
-    ("--config.peft.init_from=run", "run: ", "--format=peft"),
+    ("--config.peft.init_from=run", "run: ", "it is a run"),
     ("--config.peft.init_from=prefix", "peft.init_from", "prefix", "not lora"),
     ("--config.model.preset=tiny-1m", "model.preset", "contradicts model.path"),
     ("--config.model.path=modle", "modle"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxtune.core.tree import flatten, unflatten
-from jaxtune.models.decoder import abstract_params, init_params
+from jaxtune.models.decoder import abstract_params, hidden_states, init_params
 from jaxtune.peft.adapter import Adapter
 from jaxtune.peft.bitfit import BitFit
 from jaxtune.peft.full import Full
@@ -14,9 +14,10 @@ from jaxtune.peft.ia3 import Ia3
 from jaxtune.peft.lora import Lora, principal_factors
 from jaxtune.peft.prefix import Prefix
 from jaxtune.peft.prompt import Prompt
-from tests.checkpoints.world import BASE, CONFIG, assert_same_logits, logits_of, probe
+from tests.checkpoints.world import BASE, CONFIG, assert_same_logits, batch_of, logits_of, probe
 from tests.checkpoints.world import random_params as random_base
 
+KEY = jax.random.key(0)
 IDENTITIES = {
     "full": Full(),
     "lora": Lora(rank=4, dropout=0.5),
@@ -56,12 +57,14 @@ def test_step_0_is_the_base(name):
     )
 
 
-def test_dropout_is_off_in_evaluation():
-    base, rows = random_base(CONFIG, BASE), probe()
-    method = IDENTITIES["lora"]
-    params = started(method, base)
-    first, second = (logits_of(CONFIG, method, params, rows) for _ in range(2))
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+def test_dropout_needs_a_key():
+    method, rows = IDENTITIES["lora"], probe()
+    params = random_base(CONFIG, method)  # B is not 0, so that dropout is seen
+    found, wanted = (logits_of(CONFIG, m, params, rows) for m in (method, Lora(rank=4)))
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    batch = batch_of(method, rows)
+    drawn = [hidden_states(CONFIG, method, params, batch, key=k)[0] for k in (None, KEY)]
+    assert not np.array_equal(*drawn)
 
 
 def test_prompt_starts_from_the_vocabulary():
