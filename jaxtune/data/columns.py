@@ -11,7 +11,7 @@ A batch key of these stands on every token that it belongs to, 0 elsewhere:
   which begins with a copy of the prompt's last token. A token sees the keys of its segment whose
   branch is 0 or its own.
 - `example_weight` float32: of the example, on its targets.
-- `margin` float32: of the pair, on its targets; 0 in ranked lists.
+- `margin` float32: of the pair or list, on its targets.
 - `label` float32: of an unpaired completion on its targets, of a step on its last token.
 - `ref_logprobs` float32: the token's log-probability under the reference; see `with_column`.
 - `teacher_rows` int32: where a table of a teacher's has the target, from 1; not for the model.
@@ -38,7 +38,7 @@ DTYPES: Mapping[str, type] = {
 # Keys of the examples of a format; those of the other formats have none.
 KEYS: Mapping[str, tuple[str, ...]] = {
     "preference": ("completions", "example_weight", "margin"),
-    "ranked": ("completions", "groups", "example_weight"),
+    "ranked": ("completions", "groups", "example_weight", "margin"),
     "unpaired": ("completions", "example_weight", "label"),
     "stepwise": ("completions", "example_weight", "label"),
 }

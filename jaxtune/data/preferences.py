@@ -34,7 +34,7 @@ class Alternatives:
             end with the assistant's.
         kind: "preference" (two), "ranked" (two or more) or "unpaired" (one).
         weight: of the example.
-        margin: by how much the first is to be better, in units of reward.
+        margin: by how much a completion is to be better than those behind it, in units of reward.
         label: whether a single completion is wanted, 1 or 0.
         tools: JSON schemas of functions.
     """
@@ -106,7 +106,7 @@ def parse_preference(record: Record, chat: bool) -> Alternatives:
 
 
 def parse_ranked(record: Record, chat: bool) -> Alternatives:
-    """Reads {prompt, completions[, scores, weight, tools]}, the best first or by its scores."""
+    """Reads {prompt, completions[, scores, margin, weight, tools]}, the best first or by scores."""
     given = fields.array(record, "completions")
     if len(given) < 2:
         raise RequestError(f"field 'completions' must hold 2 or more to rank, not {len(given)}")
@@ -125,7 +125,12 @@ def parse_ranked(record: Record, chat: bool) -> Alternatives:
                 )
         sides = tuple(sides[i] for i in sorted(range(len(sides)), key=lambda i: -scores[i]))
     return Alternatives(
-        prompt, sides, "ranked", _weight(record), tools=read_tools(record.get("tools"))
+        prompt,
+        sides,
+        "ranked",
+        _weight(record),
+        fields.optional_number(record, "margin", 0.0),
+        tools=read_tools(record.get("tools")),
     )
 
 

@@ -90,8 +90,7 @@ def join_sides(
     if example.kind == "unpaired":
         (side,) = sides
         return Rendered(side.ids, side.mask, side.roles, {}, values | {"label": example.label})
-    if example.kind == "preference":
-        values |= {"margin": example.margin}
+    values |= {"margin": example.margin}
     if len({side.ids.tobytes() for side in sides}) < len(sides):
         raise RequestError("two completions are the same tokens")
     firsts = [int(np.argmax(side.mask > 0)) for side in sides]

@@ -48,13 +48,36 @@ def step_flops(
         here = path.startswith(f"{head}/") and head_tokens is not None
         tokens = head_tokens if here else seq_len
         products += tokens * passes * weight_flops(config, path, leaf)
+    attention = attention_flops(config, seq_len, skips_masked)
+    scores = 3 if config.remat == "none" else 4
+    return batch_size * (products + scores * attention)
+
+
+def forward_flops(
+    config: ModelConfig,
+    shapes: Tree,
+    batch_size: int,
+    seq_len: int,
+    *,
+    head_tokens: int | None = None,
+    skips_masked: bool = False,
+) -> int:
+    """Returns the operations of a forward pass alone; arguments as for `step_flops`."""
+    head, _ = head_path(config)
+    products = 0
+    for path, leaf in flatten(shapes).items():
+        here = path.startswith(f"{head}/") and head_tokens is not None
+        products += (head_tokens if here else seq_len) * weight_flops(config, path, leaf)
+    return batch_size * (products + attention_flops(config, seq_len, skips_masked))
+
+
+def attention_flops(config: ModelConfig, seq_len: int, skips_masked: bool) -> int:
+    """Returns the operations of a row's attention forwards, over all layers."""
     pairs = sum(
         attention_pairs(seq_len, config.kinds[kind].window, skips_masked)
         for kind in config.layer_kinds
     )
-    attention = 4 * config.num_heads * config.head_dim * pairs
-    scores = 3 if config.remat == "none" else 4
-    return batch_size * (products + scores * attention)
+    return 4 * config.num_heads * config.head_dim * pairs
 
 
 def computed_again(config: ModelConfig, path: str, chunked_head: bool) -> bool:

@@ -18,8 +18,10 @@ from jaxtune.peft.method import TRAINED
 from jaxtune.planning import chips, collectives, compile, flops, memory, roofline, sampling
 from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
+from jaxtune.recipes.base import BASE
 from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
+from jaxtune.recipes.reference import adapters_off
 from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.scores import chunk_bytes
 
@@ -158,18 +160,27 @@ def stores_scores(model: ModelConfig) -> bool:
 
 
 def step_flops(program: build.Plan) -> int:
-    """Returns the operations of a step over all devices."""
+    """Returns the operations of a step over all devices, with those of a reference or teacher."""
     parts, config = program.parts, program.config
-    return flops.step_flops(
+    rows = config.batch_size, config.data.seq_len
+    kind = {"skips_masked": not stores_scores(parts.config)}
+    few = kind | {"head_tokens": head_tokens(program)}
+    found = flops.step_flops(
         parts.config,
         parts.labels,
         abstract_params(parts.config.unquantized, parts.method),
-        config.batch_size,
-        config.data.seq_len,
-        head_tokens=head_tokens(program),
-        skips_masked=not stores_scores(parts.config),
+        *rows,
+        **few,
         chunked_head=memory.chunks_logits(work_of(program), program.mesh),
     )
+    referred = program.objective.at_start is not None
+    if referred and adapters_off(parts, config.peft.get("init_from")):
+        base = abstract_params(parts.config.unquantized, BASE)
+        found += flops.forward_flops(parts.config, base, *rows, **few)
+    if parts.teacher is not None:
+        theirs = abstract_params(parts.teacher.unquantized, BASE)
+        found += flops.forward_flops(parts.teacher, theirs, *rows, **kind)
+    return found
 
 
 def groups(parts: Parts) -> dict[str, dict[str, int]]:

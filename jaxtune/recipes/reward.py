@@ -102,8 +102,8 @@ def of_pairs(
 def of_lists(scores: jax.Array, batch: Batch, rows: Rows) -> tuple[Weighted, Metrics]:
     """Returns the pairwise loss of ranked completions, which follow one another, the best first.
 
-    Reads `completions`, `groups`, `positions` and `example_weight`; pairs among the data, which are
-    lists of two, have a `margin` as well.
+    Reads `completions`, `groups`, `positions`, `example_weight` and `margin`; a pair among the data
+    is a list of two.
     """
     completions = batch["completions"]
     # A list may be long, and its completions share a prompt.
@@ -112,9 +112,7 @@ def of_lists(scores: jax.Array, batch: Batch, rows: Rows) -> tuple[Weighted, Met
     ranks = jnp.broadcast_to(jnp.arange(count), lists.shape)
     weights = of_completion(batch["example_weight"], completions, count)
     ends = at_last(scores, completions, batch["positions"], count)
-    margin = 0.0
-    if "margin" in batch:
-        margin = of_completion(batch["margin"], completions, count)
+    margin = of_completion(batch["margin"], completions, count)
     loss, metrics = ranked_loss(ends, lists, ranks, weights, margin)
     return loss, named(metrics)
 

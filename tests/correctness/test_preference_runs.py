@@ -23,7 +23,7 @@ from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.pair_runs import pair_config
 from tests.correctness.small import METHODS
-from tests.correctness.tiny_runs import assert_same_run
+from tests.correctness.tiny_runs import assert_same_run, rows
 
 pytestmark = pytest.mark.slow
 
@@ -99,8 +99,7 @@ def finished(data, bench, tmp_path_factory):
 def test_c21_the_reference_stays_while_more_than_adapters_are_trained(finished):
     """The margin at the end is that to the parameters of the start."""
     config, workdir = finished
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    last = {k: v for row in rows for k, v in row.items() if k.startswith("eval/")}
+    last = {k: v for row in rows(workdir) for k, v in row.items() if k.startswith("eval/")}
     plan = build(resolve(config))
     start = load_parts(plan.base, plan.parts, plan.mesh, 0, None)
     end = jaxtune.load(workdir, dtype="float32").params

@@ -61,7 +61,7 @@ def batch_of(format: str, cases: Any = None, width: int = WIDTH, seed: int = 0) 
             }.items():  # fmt: skip
                 batch[key][r, done] = value
             at += len(ids)
-    unused = {"preference": ("groups", "label"), "ranked": ("margin", "label")}
+    unused = {"preference": ("groups", "label"), "ranked": ("label",)}
     for key in unused.get(format, ("groups", "margin")):
         del batch[key]
     return batch
@@ -137,8 +137,9 @@ def oracle(model, format: str, batch) -> tuple[float, float]:
             weight += w
         elif format == "ranked":
             number = len(order)
+            margin = float(batch["margin"][r, order[0][1]])
             losses = [
-                -log_sigmoid(order[i][0] - order[j][0])
+                -log_sigmoid(order[i][0] - order[j][0] - margin)
                 for i in range(number)
                 for j in range(i + 1, number)
             ]

@@ -110,14 +110,17 @@ def test_virtual_tokens_begin_each_segment(words):
 
 def test_ranked_lists_unpaired_answers_and_steps(words):
     record = {"prompt": written(2), "completions": [written(3), written(4), written(5)]}
+    judged = {"scores": [1, 2, 3], "margin": 0.5, "weight": 2}
     store = tokenize(
-        source_of([record | {"scores": [1, 2, 3]}, record]), "ranked", words, seq_len=18,
+        source_of([record | judged, record]), "ranked", words, seq_len=18,
         shared=True,
     )  # fmt: skip
     row = Stream([store], seq_len=18, packing=True, shuffle=False).row(0)
     assert row["input_ids"].tolist() == [2, 5, 1, 2, 4, 1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 5, 1]
     assert row["completions"].tolist() == [0, 1, 1, 0, 2, 2, 0, 3, 3, 0, 4, 4, 0, 5, 5, 0, 6, 6]
     assert row["groups"].tolist() == [0, 1, 1] * 3 + [0, 2, 2] * 3
+    assert row["margin"].tolist() == [0, 0.5, 0.5] * 3 + [0] * 9
+    assert row["example_weight"].tolist() == [0, 2, 2] * 3 + [0, 1, 1] * 3
     assert row["branches"].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3] * 2
 
     records = [

@@ -43,8 +43,10 @@ def test_lists_of_two_are_pairs():
     sides = Pair(SCORES[:, 0:4:2], SCORES[:, 1:4:2])
     lists = np.broadcast_to([1, 1, 2, 2], (3, 4))
     ranks = np.broadcast_to([0, 1, 0, 1], (3, 4))
-    found, _ = reward.ranked_loss(SCORES[:, :4], lists, ranks, np.ones((3, 4), np.float32))
-    pairs, _ = reward.reward_loss(sides, jnp.ones((3, 2)))
+    weights, margin = np.array([[1.0, 2.0], [0.5, 1.0], [3.0, 1.0]]), np.array([0.3, 0.7])
+    each = (weights.repeat(2, axis=1), margin.repeat(2))
+    found, _ = reward.ranked_loss(SCORES[:, :4], lists, ranks, *each)
+    pairs, _ = reward.reward_loss(sides, weights, margin=margin)
     np.testing.assert_allclose(found, pairs, rtol=1e-6)
 
 

@@ -118,6 +118,46 @@ def test_scores_are_those_of_training_and_order_the_pairs(run, data):
     assert report["margin"] == pytest.approx((chosen - rejected).mean(), rel=1e-4)
 
 
+def words(rng, side: int) -> str:
+    """A few of the words that are preferred, or of the others."""
+    return " ".join(f"w{2 * i + side}" for i in rng.integers(0, 5, rng.integers(1, 4)))
+
+
+@pytest.mark.parametrize("format", ["ranked", "stepwise"])
+def test_lists_and_steps_are_learned_and_measured(format, data, tmp_path):
+    """Lists of two to four, their order told by scores; steps of which each is right or wrong."""
+    for name, count, seed in (("train", PAIRS, 0), ("held", 8, 1)):
+        rng, lines = np.random.default_rng(seed), []
+        for number in range(count):
+            sides = rng.permutation([0] * (1 + number % 3) + [1])
+            if format == "ranked":  # the more of the others' words, the worse
+                sides = rng.permutation(2 + number % 3)
+                texts = [" ".join(["w2"] * (4 - n) + ["w3"] * n) for n in sides]
+                row = {"completions": texts, "scores": [-float(n) for n in sides]}
+            else:
+                texts = [words(rng, side) for side in sides]
+                row = {"completions": texts, "labels": [side == 0 for side in sides.tolist()]}
+            lines.append(json.dumps({"prompt": "w8 w9 "} | row) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    entries = {
+        part: [{"source": f"jsonl:{tmp_path}/{name}.jsonl", "format": format}]
+        for part, name in (("train", "train"), ("eval", "held"))
+    }
+    config = config_of(data, data=entries | {"seq_len": 48}, checkpoint={})
+    result = jaxtune.train(config | {"objective": {"name": "reward"}}, tmp_path / "run")
+    assert result.history[0]["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert result.history[-1]["eval/accuracy"] > 0.9
+    report = evaluate(
+        model=tmp_path / "run",
+        data=f"jsonl:{tmp_path}/held.jsonl",
+        format=format,
+        dtype="float32",
+        batch_size=3,
+    )
+    for name in ("loss", "accuracy"):
+        assert report[name] == pytest.approx(result.history[-1][f"eval/{name}"], rel=1e-5)
+
+
 def rewarded_by(run: Path, data: Path) -> dict:
     """The config of a GRPO run on the pairs' prompts whose reward is the reward model."""
     path = data / "prompts.jsonl"

@@ -11,6 +11,7 @@ import jaxtune
 from jaxtune.core.tree import flatten
 from jaxtune.parallel.batches import global_batch
 from jaxtune.parallel.mesh import batch_shards
+from jaxtune.planning import hlo, products
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.objectives import OBJECTIVES
@@ -103,9 +104,12 @@ def test_a_plan_counts_the_head_as_often_as_it_runs(case):
     absent["data"] |= {"train": [{"format": "preference"}], "eval": []}
     unknown = jaxtune.plan(absent)
     assert unknown["bytes_per_device"]["logits"] == 2 * 4 * SEQ * model.vocab_size * 4
-    # A frozen head: forwards, and the gradient of its input.
-    saved = 4 * (SEQ - targets) * 2 * 2 * model.hidden_size * model.vocab_size
+    # A frozen head: forwards, the gradient of its input, and forwards for the reference.
+    saved = 4 * (SEQ - targets) * 3 * 2 * model.hidden_size * model.vocab_size
     assert unknown["flops_per_step"] - planned["flops_per_step"] == saved > 0
+    with jax.set_mesh(plan.mesh):
+        program = plan.step.lower(*plan.abstract_arguments()).compile().as_text()
+    assert planned["flops_per_step"] == products.flops(hlo.parse(program))
 
 
 @pytest.mark.parametrize("case", CASES[:3], indirect=True, ids=str)

@@ -1,14 +1,19 @@
-"""GRPO on two processes: both sample, the first scores, and they train as one process does."""
+"""GRPO on two processes: both sample, the first scores, and they train as one process does.
+
+And DPO of all weights, for which both compute the reference and the first writes it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.correctness.hosts import Hosts
+from tests.correctness.pair_runs import pair_config
 from tests.correctness.tiny_runs import TIMINGS, arrays, rows, steps
 from tests.rl.tiny import letters, run_config, write_prompts
 
@@ -82,3 +87,18 @@ def test_two_processes_that_end_in_an_iteration_go_on_as_one(hosts, tmp_path):
     told = [(run / "samples.jsonl").read_text().splitlines() for run in (one, two)]
     first, second = ([json.loads(line) for line in lines] for lines in told)
     assert first == second and len(first) == 8  # written once, by the first
+
+
+def test_two_processes_begin_at_the_reference_that_both_computed(hosts, tmp_path):
+    """The run itself would stop if a process had another column (C21)."""
+    config = pair_config(tmp_path, "full", mesh={"data": 1, "fsdp": 2}, total_steps=2)
+    config["data"]["eval"] = []
+    path, workdir = tmp_path / "c.json", tmp_path / "run"
+    path.write_text(json.dumps({name: part for name, part in config.items() if name != "eval"}))
+    assert hosts.run(["train", f"--config={path}", f"--workdir={workdir}"], 2) == [0, 0], (
+        hosts.all_said()
+    )
+    first, second = rows(workdir)
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-5) and first["drift"] < 1e-5
+    assert second["drift"] > 1e-3 and second["loss"] < first["loss"]
+    assert len(list((workdir / "reference").iterdir())) == 1
