@@ -35,8 +35,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); overflow-wrap: normal; }
 th { color: var(--soft); font-weight: 600; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums;
-  white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; } td code { overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
   gap: .6rem; margin: .8rem 0; }
 .card { background: var(--block); border-radius: .5rem; padding: .6rem .8rem; }
@@ -167,7 +167,7 @@ def histogram(
         label: what is counted, for those who cannot see it.
         mark: a place to mark with a line, if it is within the edges.
     """
-    width, height, base = 600, 150, 130
+    width, height, base = 600, 154, 130
     most, span = max(max(counts), 1), edges[-1] - edges[0]
     bars = []
     for at, count in enumerate(counts):
@@ -196,7 +196,7 @@ def lines(curves: Sequence[tuple[str, Sequence[float], Sequence[float]]], label:
     Raises:
         ValueError: there is no point.
     """
-    width, height, base, top = 600, 220, 200, 26
+    width, height, base, top = 600, 224, 200, 26
     xs = [x for _, px, _ in curves for x in px]
     ys = [y for _, _, py in curves for y in py]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)

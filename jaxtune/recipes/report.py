@@ -152,13 +152,13 @@ def kept(rows: Rows) -> Markup | None:
     for name in last:
         if not name.startswith("retention/") or not name.endswith(("nll", "kl", "accuracy")):
             continue
-        ends = [last.get(f"{name}_drop/{end}") for end in ("high", "low")]
+        ends = [f"{name}_drop/{end}" for end in ("high", "low")]
         cells.append(
             (
                 name.removeprefix("retention/"),
                 *(f"{row[name]:.4g}" if name in row else "" for row in (first, last)),
                 f"{last[name] - first[name]:+.4g}" if name in first else "",
-                "" if None in ends else f"{-ends[0]:+.4g} to {-ends[1]:+.4g}",
+                " to ".join(f"{0 - last[end]:+.4g}" for end in ends if end in last),
             )
         )
     header = ("", "before", "after", "change", "95 % interval")

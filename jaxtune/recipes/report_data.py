@@ -81,19 +81,17 @@ def diagnosed(workdir: Path, config: Mapping[str, Any]) -> Markup | None:
     told += f", {found['rows_without_finding']:,} of them without a finding."
     if others:
         told += f" Not data of this run: {', '.join(others)}."
-    rows = [
-        (
+    parts = [html.heading("Findings", 3), html.paragraph(told)]
+    for finding in found["findings"]:
+        kind = [
             html.element("span", html.text(finding["severity"]), css=finding["severity"]),
-            finding["kind"],
-            f"{finding['count']:,}",
-            f"{finding['share']:.2%}",
-            "; ".join(map(placed, finding["examples"][:PLACES])),
-        )
-        for finding in found["findings"]
-    ]
-    header = ("severity", "kind", "rows", "share", "for example")
-    table = [html.table(header, rows, numbers=(2, 3))] if rows else []
-    return html.join([html.heading("Findings", 3), html.paragraph(told), *table])
+            html.element("b", html.text(finding["kind"])),
+            html.text(f"{finding['count']:,} rows, {finding['share']:.2%}"),
+        ]
+        where = "; ".join(map(placed, finding["examples"][:PLACES]))
+        shown = html.element("p", Markup(" ".join(kind)))
+        parts.append(html.element("blockquote", shown, html.paragraph(where, soft=True)))
+    return html.join(parts)
 
 
 def placed(example: Mapping[str, Any]) -> str:

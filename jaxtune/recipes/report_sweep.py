@@ -84,4 +84,4 @@ def places(values: Sequence[Any]) -> list[tuple[float, str]]:
     kinds = sorted(set(values)) if numbers else sorted({str(v) for v in values})
     low, span = (kinds[0], (kinds[-1] - kinds[0]) or 1) if numbers else (0, (len(kinds) - 1) or 1)
     at = (lambda v: (v - low) / span) if numbers else (lambda v: kinds.index(str(v)) / span)
-    return [(float(at(v)), f"{v:g}" if isinstance(v, float) else str(v)) for v in values]
+    return [(float(at(v)), f"{v:.4g}" if isinstance(v, float) else str(v)) for v in values]

@@ -47,8 +47,8 @@ def judge_server():
         yield held, url
 
 
-def judge_of(url, kind, template=None):
-    server = Server(url, timeout=20.0, attempts=2, wait=0.001, key_variable="JAXTUNE_TEST_KEY")
+def judge_of(url, kind, template=None, timeout=20.0):
+    server = Server(url, timeout, attempts=2, wait=0.001, key_variable="JAXTUNE_TEST_KEY")
     return open_judge(url, "judge-1", template, kind, server)
 
 
@@ -142,6 +142,26 @@ def test_a_server_that_fails_is_one_line(judge_server, monkeypatch):
     held.spoil = lambda number, answer: {"choices": []}
     with pytest.raises(RequestError, match="the answer is not a chat completion"):
         grade(judge_of(url, GRADING), questions(1), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ((200, {}, "<html>welcome</html>"), "the answer is not a chat completion"),
+        ({"choices": [{"message": {"content": None}}]}, "the answer is not a chat completion"),
+        ((0, {}, "1"), r"no answer within 0.2 s \(2 attempts\)"),
+        ((500, {}, "out\nof memory"), r"HTTP 500 .*: out of memory \(2 attempts\)"),
+        (None, r"cannot be reached: .* \(2 attempts\)"),
+    ],
+)
+def test_whatever_a_server_does_is_told_in_one_line(judge_server, answer, told):
+    """No JSON, no text, no answer, an error, and no server at all."""
+    held, url = judge_server
+    held.spoil = lambda number, _: answer
+    url = url if answer is not None else "http://127.0.0.1:9"
+    with pytest.raises(RequestError, match=told) as error:
+        grade(judge_of(url, GRADING, timeout=0.2), questions(1), ["a"])
+    assert "\n" not in str(error.value) and f"--judge: {url}/v1/chat" in str(error.value)
 
 
 @pytest.mark.parametrize(
