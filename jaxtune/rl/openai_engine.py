@@ -2,7 +2,7 @@
 
 The request fields beyond OpenAI's are vLLM's (docs.vllm.ai, "OpenAI-Compatible Server" and "LoRA
 Adapters"): `return_token_ids`, `return_tokens_as_token_ids`, `stop_token_ids`, `ignore_eos`,
-`top_k`, and the calls that load and unload an adapter.
+`top_k`, `min_p`, `repetition_penalty`, and the calls that load and unload an adapter.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 
 from jaxtune.checkpoints.peft_files import refuse_unsavable, save_adapter
 from jaxtune.core.errors import RequestError
-from jaxtune.core.tree import Tree
+from jaxtune.core.tree import Tree, flatten
 from jaxtune.generate.sampler import check_request
 from jaxtune.models.config import ModelConfig
+from jaxtune.models.decoder import abstract_params
 from jaxtune.parallel import processes
 from jaxtune.peft.lora import Lora
-from jaxtune.peft.method import Method
+from jaxtune.peft.method import Method, is_routed
 from jaxtune.rl.engine import Sample, Sampling
 from jaxtune.rl.http import Server, ServerError
 
@@ -72,6 +73,13 @@ class OpenAIEngine:
             wrong = "a server of adapters takes no other trained parameters (peft.train)"
         if wrong is not None:
             raise RequestError(f"{wrong}; use the local engine", key="peft.method")
+        own = [p for p in flatten(abstract_params(self.config, self.method)) if "/lora/" in p]
+        if any(is_routed(path) for path in own):
+            raise RequestError(
+                "adapts experts or their router, which vLLM reads otherwise than PEFT writes them "
+                "(Mixtral's it leaves out); use the local engine",
+                key="peft.targets",
+            )
 
     def update(self, params: Tree) -> None:
         """Writes the adapter as a PEFT directory and has the server load it; the last one goes.
@@ -113,13 +121,14 @@ class OpenAIEngine:
             self.config, self.method, prompts, s.max_new_tokens, s.temperature, s.top_p, s.top_k
         )
         self._check_logprobs(s)
+        asked = count if s.temperature else 1  # vLLM refuses several greedy samples, all the same
         found = None
         if processes.is_writer():
             bodies = [
-                self._body(prompt, count, s, seed_of(seed, n)) for n, prompt in enumerate(prompts)
+                self._body(prompt, asked, s, seed_of(seed, n)) for n, prompt in enumerate(prompts)
             ]
             with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-                found = list(pool.map(self._ask, bodies))
+                found = [group * (count // asked) for group in pool.map(self._ask, bodies)]
         told = processes.gather("samples of the server", found)[0]
         return [[Sample(*one) for one in group] for group in told]
 
@@ -150,6 +159,8 @@ class OpenAIEngine:
             "top_k": s.top_k or -1,
             "min_p": 0.0,
             "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "seed": seed,
             "stop": list(s.stop) or None,
             "stop_token_ids": list(s.eos_ids),
@@ -227,6 +238,11 @@ def sample_of(choice: dict[str, Any], body: dict[str, Any], vocab_size: int) -> 
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise AnswerError(f"a sample ended by {reason!r}, which is neither 'stop' nor 'length'")
+    if reason == "length" and len(ids) < body["max_tokens"]:
+        raise AnswerError(
+            f"the server cut a sample at {len(ids)} ids, asked for {body['max_tokens']}: its "
+            "--max-model-len or its generation config allows no more"
+        )
     return Sample(list(ids), [float(np.float32(p)) for p in logprobs], reason == "stop")
 
 

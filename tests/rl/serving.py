@@ -1,4 +1,7 @@
-"""A small server of the completions protocol, as vLLM speaks it, that serves a tiny model."""
+"""A small server of the completions protocol, as vLLM speaks it, that serves a tiny model.
+
+Its answers and refusals are those of vLLM 0.32; `tests/vllm` asks that one the same.
+"""
 
 from __future__ import annotations
 
@@ -38,18 +41,24 @@ class TinyServer:
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         """Returns what a server without faults says."""
+        name = body.get("lora_name", "")
         if path == "/v1/load_lora_adapter":
+            if name in self.adapters:
+                return refusal(400, f"The lora adapter '{name}' has already been loaded.")
             method = read_method(body["lora_path"], self.config)
             held = load_adapter(body["lora_path"], self.config, method)
             whole = unflatten(flatten(self.params) | held)
-            self.adapters[body["lora_name"]] = method, whole
-            return 200, {}, f"Success: LoRA adapter '{body['lora_name']}' added successfully."
+            self.adapters[name] = method, whole
+            return 200, {}, f"Success: LoRA adapter '{name}' added successfully."
         if path == "/v1/unload_lora_adapter":
-            del self.adapters[body["lora_name"]]
-            return 200, {}, "Success"
+            if name not in self.adapters:
+                return refusal(404, f"The lora adapter '{name}' cannot be found.")
+            del self.adapters[name]
+            return 200, {}, f"Success: LoRA adapter '{name}' removed successfully."
         if body["model"] not in self.adapters:
-            error = {"message": f"The model `{body['model']}` does not exist.", "code": 404}
-            return 404, {}, json.dumps({"error": error})
+            return refusal(404, f"The model `{body['model']}` does not exist.")
+        if body["temperature"] == 0 and body["n"] > 1:
+            return refusal(400, f"n must be 1 when using greedy sampling, got {body['n']}.")
         method, params = self.adapters[body["model"]]
         (found,) = sample(
             self.config,
@@ -68,17 +77,27 @@ class TinyServer:
             {
                 "index": index,
                 "text": "words",
-                "token_ids": one.ids,
-                "prompt_token_ids": body["prompt"],
                 "logprobs": {
-                    "tokens": [f"token_id:{i}" for i in one.ids],
+                    "text_offset": [0] * len(one.ids),
                     "token_logprobs": one.logprobs,
+                    "tokens": [f"token_id:{i}" for i in one.ids],
+                    "top_logprobs": [{f"token_id:{i}": -1.0} for i in one.ids],
                 },
                 "finish_reason": "stop" if one.finished else "length",
+                "stop_reason": one.ids[-1] if one.finished else None,
+                "token_ids": one.ids,
+                "prompt_logprobs": None,
+                "prompt_token_ids": body["prompt"],
             }
             for index, one in enumerate(found)
         ]
         return {"object": "text_completion", "choices": choices[::-1]}
+
+
+def refusal(status: int, message: str) -> tuple[int, dict[str, str], str]:
+    """Returns how vLLM says no."""
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
+    return status, {}, json.dumps({"error": error})
 
 
 @contextlib.contextmanager

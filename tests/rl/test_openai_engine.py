@@ -7,6 +7,7 @@ import pytest
 
 from jaxtune.core.errors import RequestError
 from jaxtune.generate.sampler import sample
+from jaxtune.models.config import Experts
 from jaxtune.peft.lora import Lora
 from jaxtune.peft.registry import METHODS
 from jaxtune.rl.engine import Sampling
@@ -87,9 +88,16 @@ def test_what_is_asked_for_is_said_in_full(engine, served):
     assert body == {
         **{"model": "base", "prompt": PROMPTS[0], "n": 2, "max_tokens": 6, "logprobs": 1},
         **{"temperature": 1.0, "top_p": 0.9, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
         **{"stop": ["end"], "stop_token_ids": [4, 8, 15, 16], "ignore_eos": True},
         **{"return_token_ids": True, "return_tokens_as_token_ids": True},
     }
+
+
+def test_greedy_samples_are_drawn_once_and_counted_often(engine, served):
+    greedy = dataclasses.replace(SAMPLING, temperature=0.0)
+    (alone,), (first, second) = (engine.sample(PROMPTS[:1], n, greedy, 0)[0] for n in (1, 2))
+    assert first == second == alone and [body["n"] for *_, body in served[0].asked] == [1, 1]
 
 
 def test_ids_written_as_tokens_will_do_and_text_alone_will_not(engine, served):
@@ -102,6 +110,12 @@ def test_ids_written_as_tokens_will_do_and_text_alone_will_not(engine, served):
 
     with pytest.raises(ServerError, match=r"completions: .*text but not the ids that were drawn"):
         spoil(engine, served, text_only)()
+
+
+def cut(choice):
+    """What a server gives whose context has room for one more token."""
+    one = {name: values[:1] for name, values in choice["logprobs"].items()}
+    choice.update(token_ids=choice["token_ids"][:1], logprobs=one, finish_reason="length")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,7 @@ def test_ids_written_as_tokens_will_do_and_text_alone_will_not(engine, served):
         (lambda c: c["logprobs"]["token_logprobs"].__setitem__(0, 0.5), "not a finite number"),
         (lambda c: c.update(prompt_token_ids=[1, *PROMPTS[0]]), "read 6 prompt ids .* the 5 sent"),
         (lambda c: c.update(finish_reason="abort"), "ended by 'abort'"),
+        (cut, "cut a sample at 1 ids, asked for 6"),
         (lambda c: c.update(index=0), r"asked for 2 samples, got the indices \[0, 0\]"),
         (lambda c: {"choices": []}, r"asked for 2 samples, got the indices \[\]"),
         (lambda c: (200, {}, "<html>"), "not a completion"),
@@ -177,3 +192,14 @@ def test_methods_that_no_server_holds_are_refused(engine, name):
         method = Lora(rank=4, **more)
     with pytest.raises(RequestError):
         dataclasses.replace(engine, method=method)
+
+
+@pytest.mark.parametrize(("targets", "fine"), [("blocks/mlp/.*", False), ("all-linear", True)])
+def test_adapted_experts_are_refused(engine, targets, fine):
+    experts = dataclasses.replace(CONFIG, experts=Experts(4, 2), family="mixtral")
+    routed = {"config": experts, "method": Lora(rank=2, targets=targets)}
+    if fine:
+        assert dataclasses.replace(engine, **routed).method.targets == targets
+        return
+    with pytest.raises(RequestError, match=r"peft\.targets: adapts experts"):
+        dataclasses.replace(engine, **routed)
