@@ -54,7 +54,8 @@ def run(argv: Sequence[str]) -> int:
     if args.chat:
         chat(lm, options, args.system)
         return 0
-    completions = lm.generate(prompts, **options, batch_size=args.batch_size)
+    with arguments.flagged(args):
+        completions = lm.generate(prompts, **options, batch_size=args.batch_size)
     records = [
         {"prompt": prompt, "completion": completion}
         for prompt, completion in zip(prompts, completions, strict=True)

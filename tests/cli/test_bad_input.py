@@ -408,7 +408,12 @@ VERBS: list[tuple[str, Callable[[], None], tuple[str, ...], list[str]]] = [
     ("adapter_extra", adapter_config(rank_pattern={"q": 0.5}), ADAPTED, ["rank_pattern"]),
     ("generate_prompt", nothing, (*GENERATE, "--prompts=no.jsonl"), ["no.jsonl"]),
     ("generate_empty", nothing, (*GENERATE, ""), ["prompt"]),
-    ("generate_long", nothing, (*GENERATE, "cat", "--max_new_tokens=500"), ["500", "128"]),
+    (
+        "generate_long",
+        nothing,
+        (*GENERATE, "cat", "--max_new_tokens=500"),
+        ["--max_new_tokens", "128"],
+    ),
     (
         "generate_no_tokenizer",
         remove("model/tokenizer.json", "model/tokenizer_config.json"),
