@@ -6,6 +6,8 @@
 
 `babyllama105` is tuned on the chosen sides of rasbt's pairs, then a LoRA learns from the pairs
 themselves by DPO. Needs the real models and data in ../shared.
+
+Then `python -m benchmarks.results --objectives`: docs/results.md quotes the page.
 """
 
 from __future__ import annotations

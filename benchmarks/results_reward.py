@@ -7,6 +7,8 @@
                                                              # on the half that is not reported
 
 Needs the real data in ../shared. The data contain offensive text by design.
+
+Then `python -m benchmarks.results --objectives`: docs/results.md quotes the page.
 """
 
 from __future__ import annotations

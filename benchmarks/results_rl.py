@@ -6,6 +6,8 @@
     python -m benchmarks.results_rl --keep=DIR            # what DIR holds is not run again
 
 Needs the real model and stories in ../shared.
+
+Then `python -m benchmarks.results --objectives`: docs/results.md quotes the page.
 """
 
 from __future__ import annotations
