@@ -63,8 +63,7 @@ def clusters(weights: np.ndarray, count: int) -> np.ndarray:
         for _ in range(_ROUNDS):
             near = weights @ centres.T
             label = near.argmax(axis=1)
-            sums = np.zeros_like(centres)
-            np.add.at(sums, label, weights)
+            sums = np.eye(count, dtype=np.float32)[:, label] @ weights
             lengths = np.linalg.norm(sums, axis=1, keepdims=True)
             centres = np.where(lengths > 0, sums / np.maximum(lengths, 1e-12), centres)
         fit = float(near.max(axis=1).sum())
