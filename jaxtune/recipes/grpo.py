@@ -177,6 +177,7 @@ def credit(
 OBJECTIVE = Objective(
     trained=grpo_loss,
     held_out=None,
+    term="policy",
     likelihood=False,
     open_data=open_prompts,
     open_feed=functools.partial(online.open_feed, credit=credit),

@@ -205,6 +205,7 @@ def padding(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
 OBJECTIVE = Objective(
     trained=lambda config, parts, rows: loss_of(config, parts, rows, config.objective.balance),
     held_out=lambda config, parts, rows: loss_of(config, parts, rows, 0.0),
+    term="preference",
     likelihood=False,
     open_data=open_data,
     open_feed=open_feed,

@@ -49,6 +49,7 @@ class Objective:
     Attributes:
         trained: what training minimises.
         held_out: what evaluation measures on a batch; None where it measures no loss.
+        term: what its own term is called where its loss has several.
         likelihood: whether the held-out loss is nats a token, so that it has a perplexity.
         open_data: (resolved config, base, method) → the data of a run.
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
@@ -67,6 +68,7 @@ class Objective:
 
     trained: MakeLoss
     held_out: MakeLoss | None
+    term: str
     likelihood: bool
     open_data: Callable[[Any, Base, Method], Data] = tokenised
     open_feed: Callable[[Any, Any, Callable[[dict[str, Any]], None]], Source] = (

@@ -20,6 +20,7 @@ from jaxtune.recipes import build
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
+from jaxtune.recipes.replay_mixing import replayed_rows
 from jaxtune.recipes.scores import chunk_bytes
 
 
@@ -51,7 +52,7 @@ def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
     cost = None
     if run_seconds is not None and chip.price is not None:
         cost = run_seconds / 3600 * chip.price * mesh.size
-    slots = config.batch_size * config.data.seq_len
+    slots = work_of(program).batch_size * config.data.seq_len
     operations = step_flops(program)
     result = {
         "parameters": program.parts.counts() | {"groups": groups(program.parts)},
@@ -131,7 +132,7 @@ def work_of(program: build.Plan) -> memory.Work:
     return memory.Work(
         parts.config,
         parts.method,
-        config.batch_size,
+        config.batch_size + replayed_rows(config),
         config.grad_accum,
         config.data.seq_len,
         stores_scores=stores_scores(parts.config),
@@ -149,15 +150,15 @@ def stores_scores(model: ModelConfig) -> bool:
 
 def step_flops(program: build.Plan) -> int:
     """Returns the operations of a step over all devices."""
-    parts, config = program.parts, program.config
+    parts, config, work = program.parts, program.config, work_of(program)
     return flops.step_flops(
         parts.config,
         parts.labels,
         abstract_params(parts.config.unquantized, parts.method),
-        config.batch_size,
+        work.batch_size,
         config.data.seq_len,
         skips_masked=not stores_scores(parts.config),
-        chunked_head=memory.chunks_logits(work_of(program), program.mesh),
+        chunked_head=memory.chunks_logits(work, program.mesh),
     )
 
 

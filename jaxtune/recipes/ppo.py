@@ -80,6 +80,7 @@ def credit(
 OBJECTIVE = Objective(
     trained=ppo_loss,
     held_out=None,
+    term="policy",
     likelihood=False,
     open_data=open_prompts,
     open_feed=functools.partial(online.open_feed, credit=credit),

@@ -255,6 +255,7 @@ def of_pairs(
     return Objective(
         trained=trained,
         held_out=lambda config, parts, rows: make(config, parts, rows, 0.0, None),
+        term="preference",
         likelihood=False,
         at_start=at_start,
     )
