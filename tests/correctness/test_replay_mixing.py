@@ -44,7 +44,7 @@ NLL, KL, HEAT = 0.7, 0.4, 1.5
 LENGTHS = ((5, 9, 17), (31,), (), (12, 4), (44,), (3,), (20, 20), (8, 6, 7, 9))
 ONLINE = ("grpo", "ppo")
 # These are compiled; of the others, whose terms are wired the same way, the step is traced.
-STEPPED = ("kto", "ppo")
+STEPPED = ("kto",)  # PPO in tests/rl/test_rollout_resume.py
 
 
 def replaying(directory: Path, lengths=(5, 9, 7, 4, 12, 3), **more: Any) -> dict[str, Any]:
@@ -179,17 +179,18 @@ def bench() -> Workbench:
 def undisturbed(data, bench) -> tuple[dict[str, Any], list[dict[str, float]], list[str]]:
     """(config, rows, batches) of a run of DPO that replays, which nothing stopped."""
     config = config_of("dpo", data, checkpoint={"every_steps": 2, "async_save": False})
+    config["retention"]["data"] = [config["retention"]["replay_data"][0] | {"name": "old"}]
     history = bench.train(config, data / "teacher").history
     return config, history, bench.batches
 
 
 def test_c26_a_run_that_is_stopped_replays_on_to_the_same_bits(undisturbed, bench, data, tmp_path):
     config, history, batches = undisturbed
-    first = history[0]
+    first, _, third, _ = (row for row in history if "loss" in row)
     assert first["loss/preference"] == pytest.approx(math.log(2), rel=1e-5)
     assert first["loss/replay_kl"] == pytest.approx(0.0, abs=1e-6)  # it starts as its base
     assert first["loss/replay"] == pytest.approx(NLL * first["replay_nll"])
-    assert history[2]["loss/replay_kl"] > 1e-4
+    assert third["loss/replay_kl"] > 1e-4
     assert len(set(batches)) == 4
     with interrupts.after_the_row(3):
         bench.train(config, tmp_path / "run")
@@ -209,8 +210,18 @@ def test_c26_a_run_that_is_stopped_replays_on_to_the_same_bits(undisturbed, benc
     assert f"replaying jsonl:{source}" in page and "Replayed beside them" in page
 
 
+def test_what_is_replayed_is_kept(undisturbed, bench, tmp_path):
+    config, history, _ = undisturbed
+    alone = config | {"retention": {"data": config["retention"]["data"]}}
+    free = bench.train(alone, tmp_path / "run").history
+    assert "loss/replay" not in free[1] and free[0] == history[0]  # before the first step
+    with_it, without = (rows[-1]["retention/nll_rise"] for rows in (history, free))
+    assert with_it < -0.02 and with_it < without - 0.02
+    assert history[-1]["eval/loss"] < math.log(2)  # and the pairs are learned
+
+
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "reward"])
-def test_every_objective_takes_a_step_with_it(name, undisturbed, data):
+def test_every_objective_has_a_step_with_it(name, undisturbed, data):
     """The objective's rows are padding, so that all of the step is what is replayed."""
     plan = build(resolve(config_of(name, data)))
     config, term = plan.config, f"loss/{plan.objective.term}"
