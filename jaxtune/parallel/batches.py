@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxtune.parallel.mesh import BATCH_AXES, batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
 
 
-def check_batch(batch_size: int, grad_accum: int, mesh: Mesh) -> None:
+def check_batch(batch_size: int, grad_accum: int, mesh: Mesh, key: str = "batch_size") -> None:
     """Raises RequestError unless every micro-batch spreads evenly over the mesh."""
     shards = batch_shards(mesh)
     if batch_size % (grad_accum * shards):
@@ -22,7 +23,7 @@ def check_batch(batch_size: int, grad_accum: int, mesh: Mesh) -> None:
             f"{batch_size} rows do not split into {grad_accum} micro-batches on {shards} shards "
             f"({' × '.join(BATCH_AXES)}); use a multiple of {grad_accum * shards}, or set "
             "config.mesh",
-            key="batch_size",
+            key=key,
         )
 
 
@@ -54,13 +55,12 @@ def held_rows(batch_size: int, length: int, mesh: Mesh) -> Rows | None:
     return Rows(batch_size, tuple(sorted(held)))
 
 
-def global_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, rows: Rows | None = None
-) -> dict[str, jax.Array]:
+def global_batch(batch: Mapping[str, Any], mesh: Mesh, rows: Rows | None = None) -> dict[str, Any]:
     """Returns global arrays [B, ...] sharded by rows.
 
     Args:
-        batch: arrays of the global batch, or of the rows of it that this process holds.
+        batch: arrays of the global batch, or of the rows of it that this process holds; an entry
+            may be a batch of its own, of another number of rows.
         mesh: the mesh.
         rows: which rows those are; None: all.
     """
@@ -78,7 +78,19 @@ def global_batch(
 
         return jax.make_array_from_callback(shape, sharding, piece)
 
-    return {name: place(array) for name, array in batch.items()}
+    def nested(inner: Mapping[str, Any]) -> dict[str, Any]:
+        if rows is None:
+            return global_batch(inner, mesh)
+        # Every process holds as large a share of one batch as of the other.
+        here, length = next(iter(inner.values())).shape[:2]
+        return global_batch(
+            inner, mesh, held_rows(here * rows.total // len(rows.held), length, mesh)
+        )
+
+    return {
+        name: nested(value) if isinstance(value, Mapping) else place(value)
+        for name, value in batch.items()
+    }
 
 
 def on_all(arrays: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

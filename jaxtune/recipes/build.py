@@ -24,6 +24,7 @@ from jaxtune.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from jaxtune.parallel.rules import batch_sharding
 from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
+from jaxtune.recipes import replay_mixing
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, branched, positions_left
@@ -100,21 +101,33 @@ class Plan:
             found["teacher"] = self.base.teacher.fingerprint
         if self.data.teacher is not None:
             found["teacher"] = self.data.teacher.digest
+        if self.data.replay is not None:
+            found["replay data"] = self.data.replay.fingerprint()
         return found
 
-    def abstract_arguments(self) -> tuple[Any, Any, Any]:
-        """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
-        _, frozen = self.parts.split(self.parts.shapes)
+    def abstract_rows(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a batch of the objective's own rows, with shardings."""
         one = self.objective.padding(self.config, self.data, 1, self.parts.method.num_virtual)
         if needs_column(self.objective, self.config, self.parts):
             one[COLUMN] = np.zeros((1, self.config.data.seq_len), np.float32)
-        batch = abstract_batch(
-            self.config.batch_size,
+        return self._abstract(one, self.config.batch_size)
+
+    def _abstract(self, one: dict[str, np.ndarray], rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return abstract_batch(
+            rows,
             self.config.data.seq_len,
             {name: np.dtype(array.dtype) for name, array in one.items()},
             batch_sharding(self.mesh),
             {name: array.shape[2:] for name, array in one.items()},
         )
+
+    def abstract_arguments(self) -> tuple[Any, Any, Any]:
+        """Returns the shapes of the step's arguments (state, frozen, batch), with shardings."""
+        _, frozen = self.parts.split(self.parts.shapes)
+        batch: dict[str, Any] = self.abstract_rows()
+        if rows := replay_mixing.replayed_rows(self.config):
+            old = replay_mixing.padding(self.config, self.parts.method.num_virtual)
+            batch[replay_mixing.REPLAY] = self._abstract(old, rows)
         return self.layout.shapes, with_shardings(frozen, self.layout.frozen), batch
 
     def show_findings(self, console: Console) -> None:
@@ -142,7 +155,9 @@ def build(config: Any) -> Plan:
     model = assemble(config, mesh, mesh.devices.flat[0].platform)
     model.base.check()
     objective = OBJECTIVES[config.objective.name]
-    data = objective.open_data(config, model.base, model.parts.method)
+    method = model.parts.method
+    data = objective.open_data(config, model.base, method)
+    data = replay_mixing.with_replay(data, config, model.base, method)
     if config.retention.data or (config.data.eval and objective.held_out is not None):
         check_eval_batch(config.eval.batch_size, mesh)
     return connect(config, mesh, model, data)
@@ -168,6 +183,8 @@ def assemble(config: Any, mesh: Mesh | AbstractMesh, platform: str) -> Model:
         RequestError: what the config asks for cannot be had.
     """
     check_batch(config.batch_size, config.grad_accum, mesh)
+    replayed = replay_mixing.replayed_rows(config)
+    check_batch(replayed, config.grad_accum, mesh, "retention.replay_batch_size")
     check_tokens(config.data.seq_len, mesh)
     heads = heads_of(config.objective.name)
     base = open_base(config.model, config.seed, config.data.template, heads)
@@ -281,7 +298,9 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
     layout = make_layout(trained, frozen, parts.shardings, tx, mesh)
     objective = OBJECTIVES[config.objective.name]
     rows = rows_of(data, batch_shards(mesh), parts.method.num_virtual)
-    loss = objective.trained(config, parts, rows)
+    loss = replay_mixing.with_terms(
+        objective.trained(config, parts, rows), objective.term, config, parts, rows.shards
+    )
     evaluation = None
     if objective.held_out is not None:
         held_out = objective.held_out(config, parts, rows)

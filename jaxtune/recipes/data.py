@@ -39,6 +39,7 @@ class Data:
         mismatched: of an objective that needs them, prompts with completions of other prompts, in
             the order of `stream` and `evals`.
         teacher: what a teacher says of the targets, a `teacher_data.TopK`, where it is on disk.
+        replay: old rows that each step reads too; see `recipes.replay_mixing`.
     """
 
     stream: Stream
@@ -48,21 +49,35 @@ class Data:
     mismatched: Data | None = None
     teacher: Any = None
     parts: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    replay: Stream | None = None
 
-    def review(self) -> list[dict[str, Any]]:
-        """Returns what `data.review` says of each training source, in order.
+    def told(self) -> dict[str, Any]:
+        """Returns counts and reviews of what is trained on: `data`, and `replay` if there is any.
 
-        All processes of a run ask together: each has hashed its part of the examples.
+        All processes of a run ask together.
         """
-        out = []
-        for store in self.stream.stores:
-            here = store.own if isinstance(store, SharedStore) else store
-            hashes = digests(here.ids, here.offsets)
-            if here is store:  # of examples or of prompts
-                out.append(review(np.diff(here.offsets), hashes))
-            else:
-                out.append(review(store.lengths, np.concatenate(gather_arrays(hashes))))
-        return out
+        found = {"data": self.stream, "replay": self.replay}
+        return {
+            name: stream.stats() | {"review": reviews(stream)}
+            for name, stream in found.items()
+            if stream is not None
+        }
+
+
+def reviews(stream: Any) -> list[dict[str, Any]]:
+    """Returns what `data.review` says of each source of a stream, in order.
+
+    All processes of a run ask together: each has hashed its part of the examples.
+    """
+    out = []
+    for store in stream.stores:
+        here = store.own if isinstance(store, SharedStore) else store
+        hashes = digests(here.ids, here.offsets)
+        if here is store:  # of examples or of prompts
+            out.append(review(np.diff(here.offsets), hashes))
+        else:
+            out.append(review(store.lengths, np.concatenate(gather_arrays(hashes))))
+    return out
 
 
 def open_store(

@@ -110,6 +110,7 @@ OBJECTIVE = Objective(
         config, parts, rows.shards, config.objective.balance
     ),
     held_out=lambda config, parts, rows: loss_of(config, parts, rows.shards, 0.0),
+    term="distill",
     likelihood=False,
     open_data=teacher_data.open_data,
     open_feed=teacher_data.open_feed,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.recipes.build import build
-from jaxtune.recipes.plan_report import step_flops
+from jaxtune.recipes.plan_report import step_flops, work_of
 from jaxtune.recipes.schema import resolve
 
 ROWS_SHOWN = 2
@@ -30,7 +30,7 @@ def dry_run(config: Mapping[str, Any], console: Console | None = None) -> dict[s
         included), "flops_per_step", "bytes_per_device": {"arguments", "temporary", "output",
         "total"}, "compile_seconds", "devices", "attention": {"name", "reason"}, "mesh": {axis:
         size}, "findings": what the mesh cannot do for the model (`parallel.findings.Finding`),
-        "data"}.
+        "data", and "replay" where data are replayed}.
 
     Raises:
         RequestError: what the config asks for cannot be had.
@@ -46,7 +46,7 @@ def dry_run(config: Mapping[str, Any], console: Console | None = None) -> dict[s
     report = {
         "parameters": plan.parts.counts(),
         "steps": plan.data.budget.steps,
-        "tokens_per_step": plan.config.batch_size * plan.config.data.seq_len,
+        "tokens_per_step": work_of(plan).batch_size * plan.config.data.seq_len,
         "flops_per_step": step_flops(plan),
         "bytes_per_device": memory(compiled.memory_analysis()),
         "compile_seconds": seconds,
@@ -56,6 +56,8 @@ def dry_run(config: Mapping[str, Any], console: Console | None = None) -> dict[s
         "findings": [dataclasses.asdict(finding) for finding in plan.parts.findings],
         "data": plan.data.stream.stats(),
     }
+    if plan.data.replay is not None:
+        report["replay"] = plan.data.replay.stats()
     if console is not None:
         show(report, console)
         plan.show_findings(console)
@@ -81,7 +83,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     """Prints the report as a table."""
     table = Table("", "", show_header=False, box=None)
     for name, value in report.items():
-        if name in ("data", "findings"):
+        if name in ("data", "replay", "findings"):
             continue
         for key, number in value.items() if isinstance(value, Mapping) else (("", value),):
             label = f"{name} {key}".replace("_", " ").strip()

@@ -123,7 +123,7 @@ def look(
         logits_bytes=chunk_bytes(parts.config, trainable, shards),
         train_entropy=o.entropy_coef > 0,
         reference=base_reference(parts.config, params) if exact_loss(o) else None,
-        most=o.max_new_tokens,
+        most=online.head_tokens(config, None),
     )
 
 
@@ -181,6 +181,7 @@ def credit(
 OBJECTIVE = Objective(
     trained=grpo_loss,
     held_out=None,
+    term="policy",
     likelihood=False,
     open_data=open_prompts,
     open_feed=functools.partial(online.open_feed, credit=credit),
@@ -189,4 +190,5 @@ OBJECTIVE = Objective(
     show=online_told.show,
     metrics=online_told.names,
     keeps_start=online.keeps_start,
+    head_tokens=online.head_tokens,
 )

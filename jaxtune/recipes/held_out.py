@@ -67,8 +67,8 @@ def names(plan: Any) -> set[str]:
     """Returns the names of the metrics that `evaluate` gives; none without held-out data."""
     if not plan.data.evals:
         return set()
-    state, frozen, batch = plan.abstract_arguments()
-    _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, batch)
+    state, frozen, _ = plan.abstract_arguments()
+    _, own = jax.eval_shape(plan.evaluation, state.trainable, frozen, plan.abstract_rows())
     sources = [f"{name}/" for name in plan.data.evals] if len(plan.data.evals) > 1 else []
     sources += [f"{name}/{value}/" for name, values in plan.data.parts.items() for value in values]
     likely = ("perplexity",) if plan.objective.likelihood else ()

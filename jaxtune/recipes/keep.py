@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.core.weighted import Weighted
 from jaxtune.models import decoder
+from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.distill import distillation_loss, forward_kl, token_divergences
 from jaxtune.parallel.sequence import balanced, sequence_shards
 from jaxtune.recipes.assemble import Parts
@@ -20,29 +22,38 @@ from jaxtune.recipes.reference import adapters_off, base_of
 from jaxtune.recipes.scores import INPUTS, Predictions, predicting_states
 
 NAME = "retention_kl"  # of the term
+REPLAY_KL = "replay_kl"  # of the same on replayed rows, and of its strength
 # (parameters, batch, predictions of the model, dropout key) → the term
 Keep = Callable[[Tree, dict[str, jax.Array], Predictions, jax.Array | None], Weighted]
 
 
-def keep_of(config: Any, parts: Parts, shards: int) -> Keep | None:
-    """Returns the term of a resolved config; None where `retention.kl` is 0.
+def keep_of(config: Any, parts: Parts, shards: int, key: str = "kl") -> Keep | None:
+    """Returns the term of a resolved config; None where its strength is 0.
 
-    That is retention.kl · T² · KL(base‖model), the mean over target tokens, both at temperature
+    That is strength · T² · KL(base‖model), the mean over target tokens, both at temperature
     T = `retention.kl_temperature`: learning without forgetting (Li and Hoiem 2016,
     arXiv:1606.09282), whose old task is the base's own next-token distribution. The base is the
     model without what the method adds, so that there is no second one.
 
+    Args:
+        config: resolved.
+        parts: the model. A score head beside its logits, as PPO's, has no say in them.
+        shards: over how many devices the rows of a batch are spread.
+        key: of `retention`, the strength.
+
     Raises:
         RequestError: the method changes the base's own weights.
     """
-    strength = config.retention.kl
+    strength = config.retention[key]
     if not strength:
         return None
-    if not adapters_off(parts, config.peft.get("init_from")):
+    bare = dataclasses.replace(parts, config=without_score(parts.config))
+    if not adapters_off(bare, config.peft.get("init_from")):
+        other = "retention.replay" if key == REPLAY_KL else "retention.l2sp or retention.ewc"
         raise RequestError(
             "needs a base that stays as it was beside what is trained, such as that of "
-            "peft.method = 'lora' without init_from; use retention.l2sp or retention.ewc",
-            key="retention.kl",
+            f"peft.method = 'lora' without init_from; use {other}",
+            key=f"retention.{key}",
         )
     temperature = config.retention.kl_temperature
 
@@ -53,6 +64,11 @@ def keep_of(config: Any, parts: Parts, shards: int) -> Keep | None:
         return distillation_loss(apart, found.batch["loss_mask"], strength * temperature**2)
 
     return keep
+
+
+def without_score(config: ModelConfig) -> ModelConfig:
+    """Returns the config of the language model alone."""
+    return dataclasses.replace(config, score_head=False)
 
 
 def from_base(
@@ -75,14 +91,14 @@ def from_base(
         key: dropout key, or None.
         temperature: divides both models' logits.
     """
-    model = parts.config
-    base = jax.lax.stop_gradient(base_of(model, params))
+    model, bare = parts.config, without_score(parts.config)
+    base = jax.lax.stop_gradient(base_of(bare, params))
     inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
-    hidden = predicting_states(model, BASE, base, inputs).states
+    hidden = predicting_states(bare, BASE, base, inputs).states
     return token_divergences(
         forward_kl,
         (functools.partial(decoder.logits, model, parts.method, params, key=key), found.hidden),
-        (functools.partial(decoder.logits, model, BASE, base), hidden),
+        (functools.partial(decoder.logits, bare, BASE, base), hidden),
         model.vocab_size,
         temperature=temperature,
         shards=shards,

@@ -205,11 +205,12 @@ def padding(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
 OBJECTIVE = Objective(
     trained=lambda config, parts, rows: loss_of(config, parts, rows, config.objective.balance),
     held_out=lambda config, parts, rows: loss_of(config, parts, rows, 0.0),
+    term="preference",
     likelihood=False,
     open_data=open_data,
     open_feed=open_feed,
     evaluate=evaluate,
     padding=padding,
     at_start=lambda _: None,  # λ_D / 2 and λ_U / 2 in the proportion of the data
-    head_on_targets=True,
+    head_tokens=targets_alone,
 )

@@ -143,6 +143,10 @@ def table(head: tuple[str, ...], rows: Any) -> str:
 
 
 def data_rows(config: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Returns source, format and weight of the training data."""
+    """Returns source, format and weight of the training data, and of what was replayed."""
     train = config.get("data", {}).get("train", [])
-    return [(one.get("source"), one.get("format"), one.get("weight", 1.0)) for one in train]
+    old = config.get("retention", {}).get("replay_data", [])
+    rows = [(one.get("source"), one.get("format"), one.get("weight", 1.0)) for one in train]
+    return rows + [
+        (one.get("source"), f"{one.get('format')}, replayed", one.get("weight", 1.0)) for one in old
+    ]

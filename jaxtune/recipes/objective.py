@@ -37,6 +37,11 @@ def token_rows(config: Any, data: Data, rows: int, num_virtual: int) -> Batch:
     return empty_batch(rows, config.data.seq_len, num_virtual, keys)
 
 
+def targets_alone(_: Any, rows: Rows) -> int | None:
+    """Returns how many tokens of a row the head runs on where it runs on targets."""
+    return rows.targets
+
+
 def show_rows(plan: Any, count: int, console: Console) -> None:
     """Prints the first rows as they are trained, and counts of the data."""
     inspect(plan.data.stream, plan.base.tokenizer, count, console)
@@ -49,6 +54,7 @@ class Objective:
     Attributes:
         trained: what training minimises.
         held_out: what evaluation measures on a batch; None where it measures no loss.
+        term: what its own term is called where its loss has several.
         likelihood: whether the held-out loss is nats a token, so that it has a perplexity.
         open_data: (resolved config, base, method) → the data of a run.
         open_feed: (plan, the run as it begins, note) → where its batches come from; `note` takes
@@ -63,12 +69,13 @@ class Objective:
         at_start: of an objective with a reference, which is the policy at step 0: resolved
             `objective` section → the preference loss where both are one, None where the data
             decide it; see `recipes.reference`.
-        head_on_targets: whether its loss makes logits of the rows' targets alone; see
-            `recipes.rows`.
+        head_tokens: (resolved config, what is known of the rows) → of how many tokens of a row its
+            loss makes logits; None: of all, or not known.
     """
 
     trained: MakeLoss
     held_out: MakeLoss | None
+    term: str
     likelihood: bool
     open_data: Callable[[Any, Base, Method], Data] = tokenised
     open_feed: Callable[[Any, Any, Callable[[dict[str, Any]], None]], Source] = (
@@ -80,4 +87,4 @@ class Objective:
     metrics: Callable[[Any], set[str]] = held_out.names
     keeps_start: Callable[[Any], bool] = lambda _: False
     at_start: Callable[[Any], float | None] | None = None
-    head_on_targets: bool = False
+    head_tokens: Callable[[Any, Rows], int | None] = lambda *_: None

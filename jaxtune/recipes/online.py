@@ -71,6 +71,11 @@ def keeps_start(config: Any) -> bool:
     return config.objective.kl_coef > 0
 
 
+def head_tokens(config: Any, _: Any) -> int:
+    """Returns how many tokens of a row have logits: those that a completion may have."""
+    return config.objective.max_new_tokens
+
+
 def charged(o: Any, seen: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the KL that is charged to each token in the reward, float32 [N, T]."""
     if o.kl_estimator == "exact":
@@ -139,7 +144,7 @@ def look_at(plan: Any) -> Callable[[Tree, Tree | None, Tree, Batch], dict[str, n
         o.temperature,
         batch_shards(plan.mesh),
         exact,
-        o.max_new_tokens,
+        head_tokens(plan.config, None),
     )
 
     def observe(trainable: Tree, start: Tree | None, frozen: Tree, batch: dict[str, jax.Array]):

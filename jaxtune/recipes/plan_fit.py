@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtune.recipes.assemble import plan_parts
 from jaxtune.recipes.plan_draft import Draft, draft
 from jaxtune.recipes.plan_length import for_planning
 from jaxtune.recipes.plan_report import analyse, report
+from jaxtune.recipes.replay_mixing import replayed_rows
 from jaxtune.recipes.schema import plain
 from jaxtune.recipes.schema_keys import BY_PATH
 
@@ -101,7 +103,7 @@ def trials(started: Draft) -> list[Trial]:
     experts = 0 if model.experts is None else model.experts.count
     for setting in search.settings(
         count,
-        config.batch_size,
+        math.gcd(config.batch_size, replayed_rows(config)),  # rows that any setting divides
         model.num_kv_heads,
         quantisations(config),
         row_parts(config, count),

@@ -12,6 +12,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.objectives import OBJECTIVES
+from jaxtune.recipes.replay_mixing import with_replay
 from jaxtune.recipes.schema import plain
 from jaxtune.recipes.schema_formats import NOT_GIVEN
 
@@ -65,6 +66,8 @@ def length_of(config: Any, base: Base, method: Method) -> Length:
     missing = [entry.source for entry in entries if not is_here(entry.source)]
     if not missing:
         data = OBJECTIVES[config.objective.name].open_data(config, base, method)
+        if all(is_here(entry.source) for entry in config.retention.replay_data):
+            data = with_replay(data, config, base, method)
         stats, steps = data.stream.stats(), data.budget.steps
         if "rows_per_epoch" not in stats:  # the tokens are yet to be sampled
             return Length(data, steps, None, "total_steps")

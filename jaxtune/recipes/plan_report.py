@@ -22,6 +22,7 @@ from jaxtune.recipes.base import BASE
 from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
 from jaxtune.recipes.reference import adapters_off
+from jaxtune.recipes.replay_mixing import replayed_rows
 from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.scores import chunk_bytes
 
@@ -54,7 +55,7 @@ def report(draft: Draft, quick: bool = False) -> dict[str, Any]:
     cost = None
     if run_seconds is not None and chip.price is not None:
         cost = run_seconds / 3600 * chip.price * mesh.size
-    slots = config.batch_size * config.data.seq_len
+    slots = work_of(program).batch_size * config.data.seq_len
     operations = step_flops(program)
     result = {
         "parameters": program.parts.counts() | {"groups": groups(program.parts)},
@@ -134,10 +135,10 @@ def work_of(program: build.Plan) -> memory.Work:
     return memory.Work(
         parts.config,
         parts.method,
-        config.batch_size,
+        config.batch_size + replayed_rows(config),
         config.grad_accum,
         config.data.seq_len,
-        head_tokens(program),
+        None if replayed_rows(config) else head_tokens(program),
         stores_scores=stores_scores(parts.config),
         logits_bytes=chunk_bytes(
             parts.config, parts.split(parts.shapes)[0], batch_shards(program.mesh)
@@ -148,10 +149,10 @@ def work_of(program: build.Plan) -> memory.Work:
 
 def head_tokens(program: build.Plan) -> int | None:
     """Returns of how many tokens of a row the loss makes logits; None: of all, or not known."""
-    mesh, parts = program.mesh, program.parts
-    if not program.objective.head_on_targets or mesh.shape["sequence"] > 1:
+    if program.mesh.shape["sequence"] > 1:
         return None
-    return rows_of(program.data, batch_shards(mesh), parts.method.num_virtual).targets
+    rows = rows_of(program.data, batch_shards(program.mesh), program.parts.method.num_virtual)
+    return program.objective.head_tokens(program.config, rows)
 
 
 def stores_scores(model: ModelConfig) -> bool:
@@ -162,24 +163,28 @@ def stores_scores(model: ModelConfig) -> bool:
 def step_flops(program: build.Plan) -> int:
     """Returns the operations of a step over all devices, with those of a reference or teacher."""
     parts, config = program.parts, program.config
-    rows = config.batch_size, config.data.seq_len
+    length, replayed = config.data.seq_len, replayed_rows(config)
+    params, base = (abstract_params(parts.config.unquantized, m) for m in (parts.method, BASE))
     kind = {"skips_masked": not stores_scores(parts.config)}
     few = kind | {"head_tokens": head_tokens(program)}
-    found = flops.step_flops(
-        parts.config,
-        parts.labels,
-        abstract_params(parts.config.unquantized, parts.method),
-        *rows,
-        **few,
-        chunked_head=memory.chunks_logits(work_of(program), program.mesh),
-    )
+    chunked = memory.chunks_logits(work_of(program), program.mesh)
+
+    def trained(rows: int, how: dict[str, Any]) -> int:
+        return flops.step_flops(
+            parts.config, parts.labels, params, rows, length, **how, chunked_head=chunked
+        )
+
+    found = trained(config.batch_size, few)
+    if replayed:
+        found += trained(replayed, kind)
+        if config.retention.replay_kl:
+            found += flops.forward_flops(parts.config, base, replayed, length, **kind)
     referred = program.objective.at_start is not None
     if referred and adapters_off(parts, config.peft.get("init_from")):
-        base = abstract_params(parts.config.unquantized, BASE)
-        found += flops.forward_flops(parts.config, base, *rows, **few)
+        found += flops.forward_flops(parts.config, base, config.batch_size, length, **few)
     if parts.teacher is not None:
         theirs = abstract_params(parts.teacher.unquantized, BASE)
-        found += flops.forward_flops(parts.teacher, theirs, *rows, **kind)
+        found += flops.forward_flops(parts.teacher, theirs, config.batch_size, length, **kind)
     return found
 
 

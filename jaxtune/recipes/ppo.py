@@ -80,6 +80,7 @@ def credit(
 OBJECTIVE = Objective(
     trained=ppo_loss,
     held_out=None,
+    term="policy",
     likelihood=False,
     open_data=open_prompts,
     open_feed=functools.partial(online.open_feed, credit=credit),
@@ -88,4 +89,5 @@ OBJECTIVE = Objective(
     show=online_told.show,
     metrics=online_told.names,
     keeps_start=online.keeps_start,
+    head_tokens=online.head_tokens,
 )

@@ -23,7 +23,7 @@ from jaxtune.objectives.simpo import simpo_loss
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.keep import NAME, Keep, keep_of
-from jaxtune.recipes.objective import Objective
+from jaxtune.recipes.objective import Objective, targets_alone
 from jaxtune.recipes.reference import COLUMN, adapters_off, base_logprobs
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import Predictions, chunk_bytes, predictions
@@ -255,9 +255,10 @@ def of_pairs(
     return Objective(
         trained=trained,
         held_out=lambda config, parts, rows: make(config, parts, rows, 0.0, None),
+        term="preference",
         likelihood=False,
         at_start=at_start,
-        head_on_targets=True,
+        head_tokens=targets_alone,
     )
 
 

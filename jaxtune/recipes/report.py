@@ -78,7 +78,9 @@ def head(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup:
     for name in ("loss", "eval/loss", "eval/accuracy", "eval/reward", "retention/nll_rise"):
         if isinstance(metrics.get(name), int | float):
             figures.append((name, f"{metrics[name]:.4g}"))
-    words = f"{config['peft']['method']} on {model}, trained on {sources}."
+    old = ", ".join(entry["source"] for entry in config.get("retention", {}).get("replay_data", ()))
+    beside = f", replaying {old}" if old else ""
+    words = f"{config['peft']['method']} on {model}, trained on {sources}{beside}."
     detail = summary.get("detail") or summary.get("error")
     told = [html.cards(figures), html.paragraph(words)]
     return html.join(told + ([html.paragraph(str(detail))] if detail else []))

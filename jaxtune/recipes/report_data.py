@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,29 @@ PLACES = 3  # places of a finding that are shown
 
 def data(workdir: Path, config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
     """Returns what became of the records, how long examples are, and what the doctor found."""
-    parts = [counted(config, summary), reviewed(config, summary), diagnosed(workdir, config)]
+    train, stats = names_of(config["data"]["train"]), summary.get("data", {})
+    parts = [counted(train, stats), reviewed(train, stats, config["data"]["seq_len"])]
+    if summary.get("replay"):
+        old = names_of(config["retention"]["replay_data"])
+        parts += [html.paragraph("Replayed beside them:"), counted(old, summary["replay"])]
+        parts.append(reviewed(old, summary["replay"], config["data"]["seq_len"]))
+    parts.append(diagnosed(workdir, config))
     known = [part for part in parts if part is not None]
     return html.join(known) if known else None
 
 
-def names_of(config: Mapping[str, Any]) -> list[str]:
-    """Returns the training sources by the last part of their place."""
-    return [Path(entry["source"]).name for entry in config["data"]["train"]]
+def names_of(entries: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns sources by the last part of their place."""
+    return [Path(entry["source"]).name for entry in entries]
 
 
-def counted(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
+def counted(sources: Sequence[str], stats: Mapping[str, Any]) -> Markup | None:
     """Returns the sources, and what became of their records."""
-    stats = summary.get("data", {})
     if not stats.get("sources"):
         return None
     names = list(dict.fromkeys(name for counts in stats["sources"] for name in counts))
     rows = [(name, *(f"{counts.get(name, 0):,}" for counts in stats["sources"])) for name in names]
-    header = ("", *names_of(config))
+    header = ("", *sources)
     rest = {k: v for k, v in stats.items() if k != "sources" and isinstance(v, int | float)}
     told = ", ".join(f"{name.replace('_', ' ')}: {number(value)}" for name, value in rest.items())
     table = html.table(header, rows, numbers=range(1, len(header)))
@@ -50,15 +55,15 @@ def number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def reviewed(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Markup | None:
+def reviewed(sources: Sequence[str], stats: Mapping[str, Any], seq_len: int) -> Markup | None:
     """Returns lengths and repeats of each source; a line marks `data.seq_len`."""
-    found = summary.get("data", {}).get("review")
+    found = stats.get("review")
     if not found:
         return None
     parts = []
-    for name, one in zip(names_of(config), found, strict=True):
+    for name, one in zip(sources, found, strict=True):
         label = f"{name}: examples by their tokens"
-        parts.append(html.histogram(one["edges"], one["counts"], label, config["data"]["seq_len"]))
+        parts.append(html.histogram(one["edges"], one["counts"], label, seq_len))
         repeated = f"{one['repeats']:,} of {one['compared']:,} examples repeat an earlier one"
         told = f"median {one['median']:,.4g}, 95 % {one['p95']:,.4g}, most {one['longest']:,}"
         parts.append(html.paragraph(f"{label}: {told}; {repeated}.", soft=True))

@@ -152,4 +152,4 @@ def measured_loss(config: ModelConfig, method: Method, rows: Rows = UNKNOWN) -> 
     return scored_loss(config, method, functools.partial(of_batch, calibrated=True, rows=rows))
 
 
-OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=False)
+OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, term="reward", likelihood=False)

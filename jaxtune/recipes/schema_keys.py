@@ -225,7 +225,7 @@ KEYS: tuple[Key, ...] = (
     *OPTIM,
     *_MESH,
     *_RUN,
-    *retention_keys(EVAL_ENTRY),
+    *retention_keys(EVAL_ENTRY, TRAIN_ENTRY),
 )
 BY_PATH: dict[str, Key] = {key.path: key for key in KEYS}
 SECTIONS: tuple[str, ...] = tuple(

@@ -26,8 +26,8 @@ BOUNDS = {
 }
 
 
-def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
-    """Returns the keys; `entry` are those of an evaluation source."""
+def retention_keys(entry: tuple[Key, ...], replayed: tuple[Key, ...]) -> tuple[Key, ...]:
+    """Returns the keys; `entry` are those of an evaluation source, `replayed` of a training one."""
     return (
         Key(
             "retention.data",
@@ -104,9 +104,39 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             "retention.kl_temperature",
             "float",
             1.0,
-            "divides both models' logits in it; the term is multiplied by its square",
+            "divides both models' logits in it and in retention.replay_kl; the term is multiplied "
+            "by its square",
             above=0,
-            used_by=(("objective.name", SCORED),),
+        ),
+        Key(
+            "retention.replay_data",
+            "entries",
+            (),
+            "old data, of which each step reads rows beside those of the objective",
+            entry=replayed,
+        ),
+        Key(
+            "retention.replay",
+            "float",
+            0.0,
+            "strength of the mean loss a token on retention.replay_data",
+            low=0,
+        ),
+        Key(
+            "retention.replay_kl",
+            "float",
+            0.0,
+            "strength of the KL from the base at the targets of retention.replay_data, for a "
+            "method whose base stays whole",
+            low=0,
+        ),
+        Key(
+            "retention.replay_batch_size",
+            "int",
+            None,
+            "rows of retention.replay_data a step; by default as many as batch_size",
+            low=1,
+            optional=True,
         ),
         Key(
             "retention.l2sp",
@@ -145,6 +175,48 @@ def retention_keys(entry: tuple[Key, ...]) -> tuple[Key, ...]:
             used_by=(("peft.method", ("lora",)),),
         ),
     )
+
+
+def apply_replay(values: dict[str, Any], valid: tuple[str, ...]) -> None:
+    """Fills in how many rows are replayed.
+
+    Args:
+        values: {dotted key: checked value}, changed in place.
+        valid: formats that replayed data may have.
+
+    Raises:
+        RequestError: a key without those that it needs, or an objective that replays nothing.
+    """
+    entries, rows = values["retention.replay_data"], values["retention.replay_batch_size"]
+    strengths = [k for k in ("retention.replay", "retention.replay_kl") if values[k]]
+    used = [*strengths, *(["retention.replay_batch_size"] if rows is not None else [])]
+    if not entries:
+        if used:
+            raise RequestError("needs retention.replay_data, which is empty", key=used[0])
+        return
+    if values["objective.name"] == "reward":
+        raise RequestError(
+            "cannot be replayed: a reward model has no logits, so text has no loss",
+            key="retention.replay_data",
+        )
+    if not strengths:
+        raise RequestError(
+            "needs a strength, retention.replay or retention.replay_kl", key="retention.replay_data"
+        )
+    for i, entry in enumerate(entries):
+        if entry["format"] not in valid:
+            raise RequestError(
+                f"{entry['format']!r} has no loss a token to replay; these have: "
+                f"{', '.join(valid)}",
+                key=f"retention.replay_data[{i}].format",
+            )
+    if rows is None:
+        values["retention.replay_batch_size"] = rows = values["batch_size"]
+    if rows % values["grad_accum"]:
+        raise RequestError(
+            f"grad_accum = {values['grad_accum']} does not divide it, {rows} rows",
+            key="retention.replay_batch_size",
+        )
 
 
 def check_measured(values: Mapping[str, Any]) -> None:

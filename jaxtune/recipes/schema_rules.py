@@ -12,7 +12,7 @@ from jaxtune.recipes.schema_formats import (
     FORMATS_OF,
 )
 from jaxtune.recipes.schema_keys import DURATION_UNITS
-from jaxtune.recipes.schema_retention import BOUNDS, check_measured
+from jaxtune.recipes.schema_retention import BOUNDS, apply_replay, check_measured
 
 Values = dict[str, Any]
 
@@ -216,6 +216,7 @@ def _retention(values: Values) -> None:
             key="retention.olora_from" if values["retention.olora"] else "retention.olora",
         )
     check_measured(values)
+    apply_replay(values, FORMATS_OF["sft"])
     bounds = [key for key in BOUNDS if values[key] is not None]
     if not bounds:
         if rolls_back:

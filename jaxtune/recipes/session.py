@@ -17,7 +17,7 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
 from jaxtune.peft.registry import spec_of
-from jaxtune.recipes import reference_data, retention, showcase
+from jaxtune.recipes import reference_data, replay_mixing, retention, showcase
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.build import Plan
 from jaxtune.training import stop, writers
@@ -92,6 +92,7 @@ def run(
                     put({"step": row["step"], **texts(row)})
 
         source = plan.objective.open_feed(plan, begun, note)
+        source = replay_mixing.with_rows(source, plan, start)
         before = begin_retention(plan, begun, workdir, log)
         if start == 0:
             showcase.show(plan, workdir, "before", begun.state.trainable, frozen)

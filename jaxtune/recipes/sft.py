@@ -19,6 +19,8 @@ from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import chunk_bytes, predictions
 from jaxtune.training.step import Loss, SumLoss
 
+TERM = "sft"
+
 
 def sft_loss(
     config: ModelConfig,
@@ -51,7 +53,7 @@ def sft_loss(
             loss = Weighted(loss.sum + balance * uneven.sum, loss.weight)
         if keep is None:
             return loss, metrics
-        return {"sft": loss, NAME: keep(params, batch, found, key)}, metrics
+        return {TERM: loss, NAME: keep(params, batch, found, key)}, metrics
 
     return sum_loss
 
@@ -67,4 +69,4 @@ def held_out_loss(config: Any, parts: Parts, rows: Rows) -> SumLoss:
     return sft_loss(parts.config, parts.method, rows.shards)
 
 
-OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, likelihood=True)
+OBJECTIVE = Objective(trained=trained_loss, held_out=held_out_loss, term=TERM, likelihood=True)

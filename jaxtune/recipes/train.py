@@ -285,7 +285,7 @@ def summarise(
         "wall_seconds": totals.seconds,
         "session_seconds": seconds,
         "parameters": plan.parts.counts(),
-        "data": plan.data.stream.stats() | {"review": plan.data.review()},
+        **plan.data.told(),
         "fingerprints": plan.fingerprints(),
         "devices": len(devices),
         "platform": devices[0].platform,

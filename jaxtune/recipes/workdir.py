@@ -102,6 +102,7 @@ def check_fingerprints(
         "evaluation data": "data.eval",
         "tokenizer": "model.tokenizer",
         "teacher": "objective.teacher",
+        "replay data": "retention.replay_data",
     }
     for name, value in now.items():
         if saved.get(name) != value and not allow_change:

@@ -17,8 +17,8 @@ from jaxtune.training.state import TrainState
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Weighted]
 BAD_LEAF = "bad_leaf"
-# One term, or several by name: the loss is then the sum of their means. The first is the
-# objective's own; weights depend on the batch alone, never on parameters.
+# One term, or several by name: the loss is then the sum of their means. Weights depend on the batch
+# alone, never on parameters.
 Loss = Weighted | dict[str, Weighted]
 # (trainable, frozen, batch, dropout key or None) → (loss as sums with their weights, metrics)
 SumLoss = Callable[[Tree, Tree, Batch, jax.Array | None], tuple[Loss, Metrics]]
@@ -47,9 +47,9 @@ def summed_gradients(
 ) -> tuple[dict[str, Weighted], Metrics, Tree]:
     """Returns (terms, metrics, Σ gradients) over `count` micro-batches, all undivided, float32.
 
-    Dividing by the weight of the first term in the whole batch happens once, after the sum: the
-    mean of the micro-batches' means is another loss (CORRECTNESS C1). The other terms' gradients
-    are summed in units of that weight, since they have weights of their own in the whole batch.
+    Dividing by `unit_weight` in the whole batch happens once, after the sum: the mean of the
+    micro-batches' means is another loss (CORRECTNESS C1). The other terms' gradients are summed in
+    units of that weight, since they have weights of their own in the whole batch.
     """
 
     def grad(
@@ -82,10 +82,19 @@ def summed_gradients(
     return jax.lax.scan(add, zeros, (rows, jnp.arange(count)))[0]
 
 
+def unit_weight(losses: dict[str, Weighted]) -> jax.Array:
+    """Returns the weight that summed gradients are divided by: that of the first term by name.
+
+    A dictionary comes out of JAX's transformations in the order of its names, so that the order in
+    which it was written says nothing afterwards.
+    """
+    return divisor(losses[min(losses)].weight)
+
+
 def units_of(losses: dict[str, Weighted]) -> dict[str, jax.Array | float]:
-    """Returns the weight of the first term over that of each; 1 for the first itself."""
-    first, *others = losses
-    whole = divisor(losses[first].weight)
+    """Returns `unit_weight` over the weight of each term; 1 for the term that it is of."""
+    first, *others = sorted(losses)
+    whole = unit_weight(losses)
     units = {name: jax.lax.stop_gradient(whole / divisor(losses[name].weight)) for name in others}
     return {first: 1.0} | units
 
@@ -121,7 +130,7 @@ def make_train_step(
         losses, metrics, grads = summed_gradients(
             sum_loss, state.trainable, frozen, batch, key, grad_accum
         )
-        weight = divisor(next(iter(losses.values())).weight)
+        weight = unit_weight(losses)
         grads = jax.tree.map(lambda g: g / weight, grads)
         squares = jnp.stack([jnp.sum(g * g) for g in jax.tree.leaves(grads)])
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)

@@ -15,7 +15,7 @@ from jaxtune.peft.method import Method
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.schema import resolve
-from jaxtune.training.step import divisor, mean_loss, summed_gradients
+from jaxtune.training.step import mean_loss, summed_gradients, unit_weight
 from tests.correctness.small import ROWS, Small
 
 WIDTH = 32
@@ -109,7 +109,7 @@ def measure(model: Small, config: Any, count: int = 1):
         losses, metrics, grads = summed_gradients(
             loss, trainable, frozen, batch, jax.random.key(0), count
         )
-        weight = divisor(next(iter(losses.values())).weight)
+        weight = unit_weight(losses)
         means = {name: value.mean() for name, value in metrics.items()}
         return mean_loss(losses), means, jax.tree.map(lambda g: g / weight, grads)
 

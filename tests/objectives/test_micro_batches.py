@@ -18,7 +18,7 @@ from jaxtune.objectives import distill, dpo, kl, policy, reward, simpo, value
 from jaxtune.objectives.cpo import cpo_term
 from jaxtune.objectives.kto import kto_loss
 from jaxtune.objectives.orpo import odds_ratio_term
-from jaxtune.training.step import divisor, mean_loss, summed_gradients
+from jaxtune.training.step import mean_loss, summed_gradients, unit_weight
 
 ROWS, TOKENS, COUNT = 8, 10, 4
 RNG = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def program(name: str, count: int):
         losses, metrics, grads = summed_gradients(
             sum_loss, params, {}, batch, jax.random.key(0), count
         )
-        weight = divisor(next(iter(losses.values())).weight)
+        weight = unit_weight(losses)
         return (
             mean_loss(losses),
             {k: v.mean() for k, v in metrics.items()},

@@ -63,6 +63,19 @@ def test_its_figures_are_those_of_the_model(large):
     assert large["cost_usd"] == pytest.approx(hours * 8 * large["price"]["usd_per_device_hour"])
 
 
+def test_replayed_rows_are_counted_as_the_objective_s_are():
+    """Half of the rows of the large plan, and as many replayed ones, whose data are not here."""
+    old = {"replay_data": [{"source": "jsonl:none", "format": "text"}], "replay": 0.1}
+    half = LARGE | {"batch_size": 32}
+    found = jaxtune.plan(half | {"retention": old}, devices="8xH100")
+    alone = jaxtune.plan(half, devices="8xH100")
+    more = jaxtune.plan(half | {"retention": old | {"replay_batch_size": 96}}, devices="8xH100")
+    for name in ("tokens_per_step", "flops_per_step"):
+        assert found[name] == 2 * alone[name] and more[name] == 4 * alone[name], name
+    sizes = [plan["bytes_per_device"]["activations"] for plan in (alone, found, more)]
+    assert sizes[0] < sizes[1] < sizes[2]
+
+
 def test_absent_data_are_said_to_be_absent(large):
     assert large["steps"] == 100 and large["tokens"] is None
     assert large["length_from"] == "total_steps; data.train is not here to measure"

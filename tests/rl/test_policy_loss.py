@@ -21,7 +21,7 @@ from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import base_of
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.schema import resolve
-from jaxtune.training.step import mean_loss, summed_gradients, terms
+from jaxtune.training.step import mean_loss, summed_gradients, terms, unit_weight
 from tests.correctness.small import CONFIG, small
 from tests.rl.tiny import run_config
 
@@ -169,7 +169,7 @@ def gradients(case: str, tmp: Any, count: int, sizes: tuple = ()):
         losses, metrics, grads = summed_gradients(
             loss, trainable, frozen, batch, jax.random.key(0), count
         )
-        weight = next(iter(losses.values())).weight
+        weight = unit_weight(losses)
         means = {name: value.mean() for name, value in metrics.items()}
         return mean_loss(losses), means, jax.tree.map(lambda g: g / weight, grads)
 

@@ -15,7 +15,7 @@ import pytest
 from tests.correctness.hosts import Hosts
 from tests.correctness.pair_runs import pair_config
 from tests.correctness.tiny_runs import TIMINGS, arrays, rows, steps
-from tests.rl.tiny import letters, run_config, write_prompts
+from tests.rl.tiny import letters, replaying, run_config, write_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +54,7 @@ def test_two_processes_that_end_in_an_iteration_go_on_as_one(hosts, tmp_path):
     What they did, and what one process makes of their checkpoint, is the undisturbed run.
     """
     config, path, flag = run_config(tmp_path, **CHANGES), tmp_path / "c.json", tmp_path / "flag"
+    config["retention"] = replaying(tmp_path, replay_batch_size=4)
     path.write_text(json.dumps(config))
     write_prompts(
         tmp_path / "train.jsonl",
@@ -74,6 +75,7 @@ def test_two_processes_that_end_in_an_iteration_go_on_as_one(hosts, tmp_path):
     assert "process 0 of 2" in hosts.said(1), hosts.said(1)
     done = rows(two)
     assert [row["step"] for row in done] == [1, 2, 3] and steps(two) == [3]
+    assert all(row["loss/replay"] == pytest.approx(0.5 * row["replay_nll"]) for row in done)
     held = {name for name in arrays(two) if name.startswith("feed/rows/")}
     assert "feed/rows/advantages" in held  # of an iteration that is not over
 

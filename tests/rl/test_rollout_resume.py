@@ -10,12 +10,12 @@ import pytest
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.tiny_runs import arrays, assert_same_run, rows, steps
-from tests.rl.tiny import run_config
+from tests.rl.tiny import replaying, run_config
 
 pytestmark = pytest.mark.slow
 
 # Everything that a checkpoint must carry: the reference of full training, an adapted KL
-# coefficient in the loss, further rounds of prompts, values.
+# coefficient in the loss, further rounds of prompts, values. What is replayed needs nothing there.
 RUNS = {
     "grpo": {
         "peft": {"method": "full"},
@@ -37,6 +37,8 @@ def undisturbed(request, bench: Workbench, tmp_path_factory):
     """(config, workdir, batches) of a run that nothing stopped."""
     data = tmp_path_factory.mktemp(request.param)
     config = run_config(data, request.param, **RUNS[request.param])
+    if request.param == "ppo":
+        config["retention"] = replaying(data, replay_kl=0.1, replay_batch_size=2)
     result = bench.train(config, data / "undisturbed")
     assert result.summary["stop_reason"] == "finished"
     assert len(set(bench.batches)) == 12

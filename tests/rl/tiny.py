@@ -38,6 +38,13 @@ def write_prompts(path: Path, prompts: list[dict[str, Any]]) -> str:
     return f"jsonl:{path}"
 
 
+def replaying(directory: Path, **more: Any) -> dict[str, Any]:
+    """The section `retention` that replays texts, which are written."""
+    path, words = directory / "old.jsonl", ("abcab", "hello world", "to be or", "not to be")
+    path.write_text("".join(json.dumps({"text": word}) + "\n" for word in words))
+    return {"replay_data": [{"source": f"jsonl:{path}", "format": "text"}], "replay": 0.5} | more
+
+
 def letters(prompts: list[str], completions: list[str]) -> list[float]:
     """The share of the letter that a prompt ends with."""
     return [

@@ -83,14 +83,19 @@ def test_a_step_divides_once_whatever_the_micro_batches(grad_accum):
     assert new.step == 1 and report[BAD_LEAF] == -1
 
 
-@pytest.mark.parametrize("grad_accum", [1, 2, 4])
-def test_each_term_of_a_loss_is_divided_by_its_own_weight(grad_accum):
-    """The second term's weights are as unevenly spread over the micro-batches as they can be."""
+@pytest.mark.parametrize(
+    ("grad_accum", "other"), [(1, "size"), (2, "size"), (4, "size"), (1, "a"), (4, "a")]
+)
+def test_each_term_of_a_loss_is_divided_by_its_own_weight(grad_accum, other):
+    """The second term's weights are as unevenly spread over the micro-batches as they can be.
+
+    Whether its name comes before the first's or after it decides nothing.
+    """
 
     def two_terms(trainable, frozen, batch, key):
         first, metrics = sum_loss(trainable, frozen, batch, key)
         rows = jnp.where(batch["y"] > 0, 3.0, 0.0)
-        return {"fit": first, "size": weighted(jnp.abs(batch["x"] @ trainable["w"]), rows)}, metrics
+        return {"fit": first, other: weighted(jnp.abs(batch["x"] @ trainable["w"]), rows)}, metrics
 
     batch = batch_of()
     batch["y"] = np.where(np.arange(8) % 4 == 1, 2.0, -1.0).astype(np.float32)
@@ -102,7 +107,7 @@ def test_each_term_of_a_loss_is_divided_by_its_own_weight(grad_accum):
     new, report = step(init_state(PARAMS, tx, 0), FROZEN, batch)
     size = np.abs(batch["x"] @ np.asarray(PARAMS["w"]))[reached].mean()
     np.testing.assert_allclose(report["loss/fit"], loss, rtol=1e-5)
-    np.testing.assert_allclose(report["loss/size"], size, rtol=1e-5)
+    np.testing.assert_allclose(report[f"loss/{other}"], size, rtol=1e-5)
     np.testing.assert_allclose(report["loss"], loss + size, rtol=1e-5)
     wanted = PARAMS["w"] - LR * (w + side[reached].mean(axis=0))
     np.testing.assert_allclose(new.trainable["w"], wanted, rtol=1e-5)
