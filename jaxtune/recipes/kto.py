@@ -33,7 +33,7 @@ from jaxtune.recipes import held_out, stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
-from jaxtune.recipes.objective import Objective, token_rows, tokenised
+from jaxtune.recipes.objective import Objective, targets_alone, token_rows, tokenised
 from jaxtune.recipes.preference import Reference, reference_of
 from jaxtune.recipes.rows import Rows, rows_of
 from jaxtune.recipes.scores import chunk_bytes, predictions
