@@ -10,8 +10,9 @@ from contextlib import contextmanager
 class Finishing(asyncio.SelectorEventLoop):
     """A loop that waits for the tasks under way before it closes; their errors are dropped.
 
-    Orbax reads many arrays at once and, at the first that fails, closes the loop. TensorStore's
-    threads would then hand the others to a closed loop, and print a traceback for each.
+    Orbax reads and writes many arrays at once and, at the first that fails, closes the loop.
+    TensorStore's threads would then hand the others to a closed loop, and print a traceback for
+    each.
     """
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from jaxtune.checkpoints import loops, s3
 from jaxtune.checkpoints.pareto import Aims, KeepFront, Point, larger_is_better, points_of
-from jaxtune.core.errors import RequestError
+from jaxtune.core.errors import RequestError, RunFailure
 from jaxtune.core.places import is_remote
 from jaxtune.core.tree import flatten, unflatten
 
@@ -25,7 +25,7 @@ class DamagedCheckpoint(RequestError):
     """A checkpoint is partial or damaged; an older one may be whole."""
 
 
-class UnwrittenCheckpoint(RuntimeError):
+class UnwrittenCheckpoint(RunFailure):
     """A save failed, for want of space or for another reason; the older checkpoints are whole."""
 
 
@@ -64,6 +64,7 @@ class RunCheckpoints:
         self.directory, self.best = directory if remote else Path(directory).absolute(), best
         self.aims = aims
         self.saving: int | None = None
+        self.under_way = ExitStack()  # what lasts from the start of a save to its end
         alone = {}
         if reading and jax.process_count() > 1:
             # Where one process finds damage, the others must not wait for it inside of Orbax.
@@ -118,6 +119,7 @@ class RunCheckpoints:
         with self.complained():
             self.wait()
             self.saving = step
+            self.under_way.enter_context(loops.finishing())
             self.manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -261,7 +263,7 @@ class RunCheckpoints:
 
     def wait(self) -> None:
         """Returns when the saves under way are on disk; raises UnwrittenCheckpoint if not."""
-        with self.complained():
+        with self.under_way, self.complained():
             self.manager.wait_until_finished()
 
     def close(self) -> None:

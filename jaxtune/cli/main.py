@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from jaxtune.core.errors import RequestError, nearest, shortened
+from jaxtune.core.errors import RequestError, RunFailure, nearest, shortened
 
 VERBS = {
     "train": "runs or continues the run in the workdir",
@@ -61,6 +61,10 @@ def _run(arguments: list[str]) -> tuple[int, BaseException | None]:
     except RequestError as error:
         print(f"jaxtune: error: {error}", file=sys.stderr)
         return 2, error
+    except RunFailure as error:
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"jaxtune: failed: {' '.join(said.split())}", file=sys.stderr)
+        return 1, error
     except KeyboardInterrupt as error:
         print("jaxtune: interrupted", file=sys.stderr)
         return 130, error
@@ -105,10 +109,17 @@ def _is_path(name: object) -> bool:
 
 
 def _hush_absl() -> None:
-    """Leaves out what Orbax, Grain and TFDS remark through absl's logger; their errors stay."""
     handler = logging.StreamHandler()
-    handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
+    handler.addFilter(_worth_telling)
     logging.basicConfig(handlers=[handler])
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Leaves out what Orbax, Grain and TFDS remark through absl's logger; their errors stay.
+
+    An exception they log is raised as well, and told where it is caught.
+    """
+    return record.name != "absl" or (record.levelno >= logging.ERROR and not record.exc_info)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The one exception for a request that cannot be honoured."""
+"""What is told in one line: a request that cannot be honoured, a failure that is not ours."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class RequestError(ValueError):
         self.where = None if where is None else str(where)
         shown = None if self.where is None else shortened(self.where)
         super().__init__(": ".join(p for p in (shown, key, self.message) if p))
+
+
+class RunFailure(RuntimeError):
+    """A run met what is no fault of its program, a full disk or a lost server; one line says what.
+
+    The command line prints that line and exits with code 1.
+    """
 
 
 def shortened(path: str) -> str:

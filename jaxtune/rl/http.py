@@ -12,12 +12,14 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtune.core.errors import RunFailure
+
 # What passes when one waits: too many requests, and the server's own troubles.
 BUSY = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 60.0  # seconds
 
 
-class ServerError(RuntimeError):
+class ServerError(RunFailure):
     """A server did not give what was asked for; one line with its URL."""
 
 

@@ -163,6 +163,7 @@ class OpenAIEngine:
             "frequency_penalty": 0.0,
             "seed": seed,
             "stop": list(s.stop) or None,
+            "skip_special_tokens": False,  # from the text that stop strings are looked for in
             "stop_token_ids": list(s.eos_ids),
             "ignore_eos": True,  # but for the ids above
             "logprobs": 1,  # some servers read 0 as no

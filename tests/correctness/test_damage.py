@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtune.checkpoints.runs import RunCheckpoints, UnwrittenCheckpoint
+from jaxtune.cli import main
 from jaxtune.core.errors import RequestError
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
@@ -162,6 +163,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+# What TensorStore's threads would tell a closed loop, and print.
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(
     small_disk: Path, undisturbed: Path, bench: Workbench, config: dict, background: bool
@@ -191,3 +194,24 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(
     assert bench.train(config, workdir).summary["stop_reason"] == "finished"
     assert len(bench.batches) == 6
     assert rows(workdir) == rows(undisturbed)
+
+
+def test_a_failed_save_is_one_line_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def failing(_: list[str]) -> int:
+        error = UnwrittenCheckpoint("the checkpoint of step 6\ncould not be written")
+        error.add_note("the run failed; see summary.json")
+        raise error
+
+    monkeypatch.setattr(main, "_dispatch", failing)
+    assert main.main(["train"]) == 1
+    line = "the checkpoint of step 6 could not be written; the run failed; see summary.json"
+    assert capsys.readouterr().err == f"jaxtune: failed: {line}\n"
+    # Orbax logs the exceptions that it raises, each with its traceback.
+    error = (OSError, OSError("no space"), None)
+    records = [
+        logging.LogRecord(name, logging.ERROR, "", 1, "failed", (), raised)
+        for name, raised in [("absl", error), ("absl", None), ("jaxtune", error)]
+    ]
+    assert [main._worth_telling(record) for record in records] == [False, True, True]

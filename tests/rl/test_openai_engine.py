@@ -88,7 +88,7 @@ def test_what_is_asked_for_is_said_in_full(engine, served):
     assert body == {
         **{"model": "base", "prompt": PROMPTS[0], "n": 2, "max_tokens": 6, "logprobs": 1},
         **{"temperature": 1.0, "top_p": 0.9, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
-        **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+        **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "skip_special_tokens": False},
         **{"stop": ["end"], "stop_token_ids": [4, 8, 15, 16], "ignore_eos": True},
         **{"return_token_ids": True, "return_tokens_as_token_ids": True},
     }

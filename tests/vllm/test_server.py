@@ -62,10 +62,10 @@ def engine_of(url, method, directory, **more):
     return OpenAIEngine(SMALL, method, server, "base", directory, **more)
 
 
-def adapted(variant, targets=None):
+def adapted(variant, targets=None, rank=4):
     """(method, params): the base under a LoRA far from it."""
     more = {} if targets is None else {"targets": targets}
-    method = Lora(rank=4, alpha=6.0, variant=variant, **more)
+    method = Lora(rank=rank, alpha=6.0, variant=variant, **more)
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
@@ -93,22 +93,19 @@ def test_greedy_tokens_are_ours_before_and_behind_each_adapter(
     raw, place, tmp_path, variant, targets
 ):
     method, params = adapted(variant, targets)
-    engine, local = engine_of(raw, method, tmp_path), LocalEngine(SMALL, method, place[1].decode)
-    _, base_method, base = model("full", SMALL)
-    for turn in range(2):
-        if turn:
+    engine = engine_of(raw, method, tmp_path)
+    _, none, base = model("full", SMALL)
+    for part in ((none, base), (method, params)):
+        local = LocalEngine(SMALL, part[0], place[1].decode, params=part[1])
+        if part[0] is method:
             engine.update(params)
-            local.update(params)
-        else:
-            local = dataclasses.replace(local, method=base_method)
-            local.update(base)
-        for sampling in (GREEDY, dataclasses.replace(GREEDY, stop=("c", "fo"))):
+        for stop in ((), ("c", "fo"), ("<unk>",)):
+            sampling = dataclasses.replace(GREEDY, stop=stop)
             ours = local.sample(PROMPTS, 2, sampling, 0)
             theirs = engine.sample(PROMPTS, 2, sampling, 0)
             said = [[(one.ids, one.finished) for one in group] for group in theirs]
             assert said == [[(one.ids, one.finished) for one in group] for group in ours]
-            check_logprobs(theirs, local.method, local.params)
-        local = dataclasses.replace(local, method=method)
+            check_logprobs(theirs, *part)
 
 
 def test_drawn_tokens_have_the_log_probabilities_of_the_policy(raw, processed, tmp_path):
@@ -128,8 +125,7 @@ def test_drawn_tokens_have_the_log_probabilities_of_the_policy(raw, processed, t
 
 
 def test_what_vllm_refuses_is_one_line(raw, tmp_path):
-    method, params = adapted("lora")
-    engine = engine_of(raw, method, tmp_path)
+    engine = engine_of(raw, adapted("lora")[0], tmp_path)
     long = dataclasses.replace(SMALL, max_position_embeddings=500)
     with pytest.raises(ServerError, match=r"HTTP 400 .*cannot be greater than max_model_len=96"):
         dataclasses.replace(engine, config=long).sample(
@@ -137,16 +133,9 @@ def test_what_vllm_refuses_is_one_line(raw, tmp_path):
         )
     with pytest.raises(ServerError, match=r"HTTP 404 .*does not exist"):
         dataclasses.replace(engine, base="other").sample(PROMPTS, 1, GREEDY, 0)
-    large = Lora(rank=32)
-    engine = engine_of(raw, large, tmp_path)
+    large, params = adapted("lora", rank=32)
     with pytest.raises(ServerError, match=r"HTTP 500 .*32 is greater than max_lora_rank 16"):
-        engine.update(unflatten(flatten(_zeros(large)) | flatten(params)))
-
-
-def _zeros(method):
-    return map_paths(
-        lambda _, leaf: np.zeros(leaf.shape, leaf.dtype), abstract_params(SMALL, method)
-    )
+        engine_of(raw, large, tmp_path).update(params)
 
 
 def test_a_run_of_grpo_samples_from_vllm_what_it_has_learnt(raw, place, tmp_path):
