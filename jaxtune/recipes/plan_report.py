@@ -22,7 +22,6 @@ from jaxtune.recipes.base import BASE
 from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
 from jaxtune.recipes.reference import adapters_off
-from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.scores import chunk_bytes
 
 
@@ -148,10 +147,8 @@ def work_of(program: build.Plan) -> memory.Work:
 
 def head_tokens(program: build.Plan) -> int | None:
     """Returns of how many tokens of a row the loss makes logits; None: of all, or not known."""
-    mesh, parts = program.mesh, program.parts
-    if not program.objective.head_on_targets or mesh.shape["sequence"] > 1:
-        return None
-    return rows_of(program.data, batch_shards(mesh), parts.method.num_virtual).targets
+    whole = not program.objective.head_on_targets or program.mesh.shape["sequence"] > 1
+    return None if whole else program.rows.targets
 
 
 def stores_scores(model: ModelConfig) -> bool:
