@@ -36,7 +36,7 @@ from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
 from jaxtune.recipes.retention import Retention, open_retention
-from jaxtune.recipes.rows import rows_of
+from jaxtune.recipes.rows import Rows, rows_of
 from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.teacher import open_teacher, with_teacher
 from jaxtune.training.compile import (
@@ -59,6 +59,7 @@ class Plan:
         config: the resolved config.
         mesh, base, parts, data: devices, weights to load, partitions, tokenised data.
         attention: the back end, and why.
+        rows: what is known of its rows.
         loss: the objective on a batch.
         tx, schedule: the optimizer.
         layout: where the state lies.
@@ -73,6 +74,7 @@ class Plan:
     parts: Parts
     data: Data
     attention: Choice
+    rows: Rows
     loss: SumLoss
     tx: optax.GradientTransformation
     schedule: Schedule
@@ -318,6 +320,7 @@ def connect(config: Any, mesh: Mesh | AbstractMesh, model: Model, data: Data) ->
         parts=parts,
         data=data,
         attention=attention,
+        rows=rows,
         loss=loss,
         tx=tx,
         schedule=schedule,

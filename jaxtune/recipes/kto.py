@@ -26,7 +26,6 @@ from jaxtune.objectives import completions as of
 from jaxtune.objectives.kto import kto_loss
 from jaxtune.objectives.sft import router_balance
 from jaxtune.parallel.batches import global_batch, held_rows
-from jaxtune.parallel.mesh import batch_shards
 from jaxtune.parallel.rules import batch_sharding, replicated
 from jaxtune.peft.method import Method
 from jaxtune.recipes import held_out, stream_feed
@@ -35,7 +34,7 @@ from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
 from jaxtune.recipes.objective import Objective, targets_alone, token_rows, tokenised
 from jaxtune.recipes.preference import Reference, reference_of
-from jaxtune.recipes.rows import Rows, rows_of
+from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import chunk_bytes, predictions
 from jaxtune.training.feed import Source
 from jaxtune.training.state import TrainState
@@ -137,8 +136,8 @@ def open_data(config: Any, base: Base, method: Method) -> Data:
 
 def estimator(plan: Any) -> Callable[[Tree, Tree, dict[str, jax.Array]], Weighted]:
     """Returns the jitted (trainable, frozen, mismatched batch) → Σ log π − log π_ref, and count."""
-    facts = rows_of(plan.data, batch_shards(plan.mesh), plan.parts.method.num_virtual)
-    ratios_of = log_ratios(plan.parts, reference_of(plan.config, plan.parts, facts), facts)
+    reference = reference_of(plan.config, plan.parts, plan.rows)
+    ratios_of = log_ratios(plan.parts, reference, plan.rows)
 
     def run(trainable: Tree, frozen: Tree, batch: dict[str, jax.Array]) -> Weighted:
         ratios, batch, *_ = ratios_of(trainable, frozen, batch, None)

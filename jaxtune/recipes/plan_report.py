@@ -23,7 +23,6 @@ from jaxtune.recipes.plan_draft import Draft
 from jaxtune.recipes.plan_sampling import of_iteration
 from jaxtune.recipes.reference import adapters_off
 from jaxtune.recipes.replay_mixing import replayed_rows
-from jaxtune.recipes.rows import rows_of
 from jaxtune.recipes.scores import chunk_bytes
 
 
@@ -151,8 +150,7 @@ def head_tokens(program: build.Plan) -> int | None:
     """Returns of how many tokens of a row the loss makes logits; None: of all, or not known."""
     if program.mesh.shape["sequence"] > 1:
         return None
-    rows = rows_of(program.data, batch_shards(program.mesh), program.parts.method.num_virtual)
-    return program.objective.head_tokens(program.config, rows)
+    return program.objective.head_tokens(program.config, program.rows)
 
 
 def stores_scores(model: ModelConfig) -> bool:
