@@ -12,6 +12,7 @@ from jaxtune.core import page as html
 from jaxtune.core.page import Markup, element, text
 from jaxtune.recipes import report_data, showcase
 from jaxtune.recipes import workdir as files
+from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.training.workdir import metrics_file, read_json, write_whole
 
 REPORT = "report.html"
@@ -47,7 +48,7 @@ def report(workdir: Path) -> str:
         *section("Learning rate", curves(rows, ["learning_rate"])),
         *section("Throughput", curves(rows, ["tokens_per_second"])),
         *section("Memory", memory(summary)),
-        *section("Before and after", side_by_side(workdir)),
+        *section("Before and after", side_by_side(workdir, config)),
         *section("Samples", sampled(workdir)),
         *section("Data", report_data.data(workdir, config, summary)),
         *section("Cost", cost(summary)),
@@ -167,11 +168,13 @@ def kept(rows: Rows) -> Markup | None:
     return html.table(header, cells, numbers=(1, 2, 3, 4))
 
 
-def side_by_side(workdir: Path) -> Markup | None:
+def side_by_side(workdir: Path, config: Mapping[str, Any]) -> Markup | None:
     """Returns completions before and after training, beside what the data has."""
     found = showcase.read(workdir)
     if not found:
-        return None
+        if config["log"]["samples"] or not OBJECTIVES[config["objective"]["name"]].likelihood:
+            return None
+        return html.paragraph("--config.log.samples=4 shows what the model writes.", soft=True)
     parts = []
     for item in found:
         parts.append(html.paragraph(item["prompt"]))

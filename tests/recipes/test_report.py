@@ -145,8 +145,12 @@ def test_what_the_doctor_found_is_in_the_page(world, tmp_path):
 
 def test_a_run_that_is_going_on_has_a_page_too(world, tmp_path):
     config = resolve(config_of(world)).to_dict()
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "not ended" in " ".join(Page(report(tmp_path)).words)
+    for asked in (0, 2):
+        config["log"]["samples"] = asked
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        words = " ".join(Page(report(tmp_path)).words)
+        assert "not ended" in words
+        assert ("--config.log.samples=4 shows what the model writes." in words) == (not asked)
 
 
 def test_a_sweep_has_a_page(world, tmp_path):
