@@ -43,18 +43,6 @@ def mean_log_ratio(
     return spread(averages(ratio, completions, count), completions)
 
 
-def mean_log_ratio_of_token(
-    logprobs: jax.Array, old_logprobs: jax.Array, completions: jax.Array, count: int
-) -> jax.Array:
-    """Returns `mean_log_ratio` in value, with the gradient of the token's own log-probability.
-
-    GSPO-token (arXiv:2507.18071, eq. 14), for advantages that differ within a completion; with
-    equal ones and `by_sequence` it has the gradient of `mean_log_ratio`.
-    """
-    ratio = jax.lax.stop_gradient(mean_log_ratio(logprobs, old_logprobs, completions, count))
-    return ratio + logprobs - jax.lax.stop_gradient(logprobs)
-
-
 def total_log_ratio(
     logprobs: jax.Array, old_logprobs: jax.Array, completions: jax.Array, count: int
 ) -> jax.Array:
