@@ -79,7 +79,7 @@ def product(model: Path, data: Path, options: argparse.Namespace, shared: bool) 
     from jaxtune.parallel.batches import global_batch
     from jaxtune.recipes.assemble import load_parts
     from jaxtune.recipes.build import build
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
     from jaxtune.training.compile import fresh_state
 
     tail = options.completion + 1

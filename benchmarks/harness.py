@@ -101,7 +101,7 @@ def hf_model(path: Path, batch_size: int) -> Any:
 
 def our_model(path: Path, batch_size: int | None = None) -> Any:
     """Returns jaxtune's model in float32."""
-    from jaxtune.recipes.harness_model import HarnessModel
+    from jaxtune.recipes.evaluation.harness_model import HarnessModel
 
     return HarnessModel(str(path), dtype="float32", batch_size=batch_size)
 

@@ -62,7 +62,7 @@ def prepared(kind: str, args: argparse.Namespace, directory: Path) -> tuple[Any,
     from jaxtune.parallel.batches import global_batch
     from jaxtune.recipes.assemble import load_parts
     from jaxtune.recipes.build import build
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
     from jaxtune.training.compile import fresh_state
 
     rng = np.random.default_rng(0)

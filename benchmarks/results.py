@@ -148,7 +148,8 @@ def stories_nll(lm: Any, texts: Sequence[str]) -> float:
 def measure(lm: Any, task: Task, held: Path, texts: Sequence[str], limit: int | None) -> Measured:
     """Returns a model's figures on the held-out part and on the stories."""
     from jaxtune.evaluate.labels import figures
-    from jaxtune.recipes import eval_data, evaluate, labelled
+    from jaxtune.recipes.evaluation import data as eval_data
+    from jaxtune.recipes.evaluation import evaluate, labelled
 
     entry = eval_data.Entry("held", f"jsonl:{held}", "completion", "held")
     store = eval_data.open_one(lm, entry)

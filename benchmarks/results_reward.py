@@ -94,7 +94,7 @@ def margins(workdir: Path, pairs: Sequence[Pair], directory: Path) -> np.ndarray
     """
     import jaxtune
     from jaxtune.data.scored import scored_ids
-    from jaxtune.recipes.eval_data import Entry, open_one
+    from jaxtune.recipes.evaluation.data import Entry, open_one
 
     lm = jaxtune.load(workdir, dtype="float32")
     found = np.zeros(len(pairs))

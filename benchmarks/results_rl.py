@@ -125,7 +125,7 @@ def reward_of_start(config: dict[str, Any]) -> float:
 
     from jaxtune.recipes.assemble import load_parts
     from jaxtune.recipes.build import build
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
 
     plan = build(resolve(config))
     with jax.set_mesh(plan.mesh):

@@ -70,7 +70,7 @@ def product(model: Path, prompts: Sequence[str], options: argparse.Namespace, at
     from jaxtune.parallel.batches import global_batch
     from jaxtune.recipes.build import build
     from jaxtune.recipes.engines import open_engine
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
     from jaxtune.recipes.train import begin
 
     data = at / "prompts.jsonl"

@@ -71,7 +71,7 @@ def product(config: dict) -> tuple[Contestant, Any, Any]:
     from jaxtune.parallel.batches import global_batch
     from jaxtune.recipes.assemble import load_parts
     from jaxtune.recipes.build import build
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
     from jaxtune.training.compile import fresh_state
 
     plan = build(resolve(config))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtune.recipes.schema_keys import ABSENT, KEYS, PRESETS, REQUIRED, Key
+from jaxtune.recipes.schema.keys import ABSENT, KEYS, PRESETS, REQUIRED, Key
 
 PAGE = Path(__file__).with_name("config.md")
 HEAD = """# Config keys
 
-Written by `make docs` from `jaxtune/recipes/schema_keys.py`; not edited by hand.
+Written by `make docs` from `jaxtune/recipes/schema/keys.py`; not edited by hand.
 
 A config is a Python file with `get_config(arg)` that returns an `ml_collections.ConfigDict` (see
 `configs/`). On the command line `--config.KEY=VALUE` sets any key. An unknown key, a key that the

@@ -12,12 +12,12 @@ __all__ = ["load", "plan", "train"]
 
 if TYPE_CHECKING:
     from jaxtune.recipes.load import load
-    from jaxtune.recipes.plan import plan
+    from jaxtune.recipes.plans.plan import plan
     from jaxtune.recipes.train import train
 
 _HOMES = {
     "load": "jaxtune.recipes.load",
-    "plan": "jaxtune.recipes.plan",
+    "plan": "jaxtune.recipes.plans.plan",
     "train": "jaxtune.recipes.train",
 }
 

@@ -66,7 +66,7 @@ def test_there_are_commands_to_check():
     ("page", "words"), COMMANDS, ids=[f"{page.name}-{i}" for i, (page, _) in enumerate(COMMANDS)]
 )
 def test_commands_have_known_verbs_flags_and_keys(page, words, flags):
-    from jaxtune.recipes.overrides import declared
+    from jaxtune.recipes.schema.overrides import declared
 
     verb = words[:2] if words[0] == "data" else words[:1]
     for word in words[len(verb) :]:

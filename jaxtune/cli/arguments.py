@@ -102,7 +102,7 @@ def split(argv: Sequence[str], *, sweep: bool = False) -> Split:
 
 
 def _value(flag: str, kind: str, key: str | None, negated: bool, queue: list[str]) -> str:
-    from jaxtune.recipes.overrides import declared
+    from jaxtune.recipes.schema.overrides import declared
 
     if kind == "config" and key is not None:
         known = declared(key)

@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxtune.core.errors import RequestError, nearest
-from jaxtune.recipes.overrides import assign, parse
-from jaxtune.recipes.schema import Resolved, plain, resolve
+from jaxtune.recipes.schema.overrides import assign, parse
+from jaxtune.recipes.schema.resolve import Resolved, plain, resolve
 
 
 @dataclasses.dataclass(frozen=True)

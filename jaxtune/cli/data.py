@@ -74,8 +74,8 @@ def _prepare(argv: Sequence[str]) -> int:
 
 
 def _check_source(args: argparse.Namespace) -> None:
-    from jaxtune.recipes.schema_keys import TRAIN_ENTRY
-    from jaxtune.recipes.schema_values import check
+    from jaxtune.recipes.schema.keys import TRAIN_ENTRY
+    from jaxtune.recipes.schema.values import check
 
     for key in TRAIN_ENTRY[:2]:
         value = getattr(args, key.name)
@@ -183,7 +183,7 @@ def _stream(config: Any) -> tuple[Any, Any]:
     from jaxtune.data.sources import open_source
     from jaxtune.data.store import tokenize
     from jaxtune.data.stream import Stream
-    from jaxtune.recipes.schema_formats import splits_pairs
+    from jaxtune.recipes.schema.formats import splits_pairs
 
     data = config.data
     directory = config.model.tokenizer or config.model.path

@@ -29,7 +29,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse(argv)
 
-    from jaxtune.recipes import diff
+    from jaxtune.recipes.report import diff
 
     found = diff.diff(args.one, args.two)
     if args.json:

@@ -133,8 +133,8 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
         if getattr(args, name) is not None and args.tasks is not None and args.data is None:
             raise RequestError("needs --data=SOURCE", key=f"--{name}")
     if args.data is not None:
-        from jaxtune.recipes.schema_keys import EVAL_ENTRY
-        from jaxtune.recipes.schema_values import check
+        from jaxtune.recipes.schema.keys import EVAL_ENTRY
+        from jaxtune.recipes.schema.values import check
 
         source, format_, _ = EVAL_ENTRY
         check(source, args.data, "--data")
@@ -145,7 +145,7 @@ def _options(args: argparse.Namespace, config: str | None) -> dict[str, Any]:
 
 
 def _evaluate(options: dict[str, Any]) -> Mapping[str, Any]:
-    from jaxtune.recipes import evaluate
+    from jaxtune.recipes.evaluation import evaluate
 
     return evaluate.evaluate(**options)
 

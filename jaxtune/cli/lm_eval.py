@@ -19,7 +19,7 @@ def main() -> int:
         try:
             from lm_eval.__main__ import cli_evaluate
 
-            from jaxtune.recipes import harness_model
+            from jaxtune.recipes.evaluation import harness_model
         except ImportError as error:
             raise RequestError(
                 f"needs lm-evaluation-harness: pip install 'jaxtune[eval]' ({error})"

@@ -54,11 +54,11 @@ def run(argv: Sequence[str]) -> int:
 
     loaded = config_file.load(split.config, split.overrides)
     with loaded.located():
-        from jaxtune.recipes import plan
+        from jaxtune.recipes.plans import plan
 
         options = {"devices": args.devices, "price": args.price, "quick": args.quick}
         if args.fit:
-            from jaxtune.recipes import plan_fit
+            from jaxtune.recipes.plans import fit as plan_fit
 
             result = plan_fit.fit(loaded.raw, args.topology, **options)
         else:

@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from jaxtune.recipes.replay import write_replay
+    from jaxtune.recipes.retention.replay import write_replay
 
     others = ("json", *arguments.SAMPLING)
     options = {name: value for name, value in vars(args).items() if name not in others}

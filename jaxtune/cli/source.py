@@ -57,7 +57,7 @@ def _directory(name: str, flag: str) -> pathlib.Path:
 
 def _same_config(split: Split, workdir: pathlib.Path) -> None:
     from jaxtune.cli import config_file
-    from jaxtune.recipes.schema import changes, resolve
+    from jaxtune.recipes.schema.resolve import changes, resolve
 
     path = workdir / "config.json"
     if not path.is_file():

@@ -12,9 +12,9 @@ from jaxtune.core.errors import RequestError
 
 if TYPE_CHECKING:
     from jaxtune.cli.config_file import ConfigFile
-    from jaxtune.recipes.hyper import Trial
-    from jaxtune.recipes.schema import Resolved
-    from jaxtune.recipes.sweep import Row
+    from jaxtune.recipes.schema.resolve import Resolved
+    from jaxtune.recipes.sweep.hyper import Trial
+    from jaxtune.recipes.sweep.sweep import Row
 
 
 def run(argv: Sequence[str]) -> int:
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from jaxtune.cli import config_file
-    from jaxtune.recipes import sweep
+    from jaxtune.recipes.sweep import sweep
 
     console = Console()
     loaded = config_file.load(split.config, split.overrides)
@@ -60,8 +60,8 @@ def run(argv: Sequence[str]) -> int:
             console.print(pathlib.PurePath(trial.directory).name, highlight=False)
         return 0
 
-    from jaxtune.recipes import sweep_metrics
     from jaxtune.recipes.base import is_run
+    from jaxtune.recipes.sweep import metrics as sweep_metrics
 
     if is_run(workdir):
         raise RequestError(
@@ -97,7 +97,7 @@ def _swept(flags: Sequence[tuple[str, str]]) -> Iterator[None]:
 
 
 def _trials(loaded: ConfigFile, flags: Sequence[tuple[str, str]]) -> list[Trial]:
-    from jaxtune.recipes.hyper import Hyper, from_flags
+    from jaxtune.recipes.sweep.hyper import Hyper, from_flags
 
     parts = []
     if loaded.get_hyper is not None:

@@ -24,18 +24,18 @@ from jaxtune.parallel.mesh import BATCH_AXES, batch_shards, make_mesh
 from jaxtune.parallel.rules import batch_sharding
 from jaxtune.parallel.sequence import check_tokens
 from jaxtune.peft.method import Method
-from jaxtune.recipes import replay_mixing
 from jaxtune.recipes.assemble import Parts, plan_parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, branched, positions_left
-from jaxtune.recipes.earlier import push_of
+from jaxtune.recipes.evaluation.held_texts import HeldTexts, open_texts
 from jaxtune.recipes.heads import heads_of
-from jaxtune.recipes.held_texts import HeldTexts, open_texts
 from jaxtune.recipes.methods import check_stored, check_targets, check_width, make_method
 from jaxtune.recipes.objective import Objective
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import COLUMN, needs_column
-from jaxtune.recipes.retention import Retention, open_retention
+from jaxtune.recipes.retention import replay_mixing
+from jaxtune.recipes.retention.earlier import push_of
+from jaxtune.recipes.retention.measured import Retention, open_retention
 from jaxtune.recipes.rows import Rows, rows_of
 from jaxtune.recipes.runs import open_base
 from jaxtune.recipes.teacher import open_teacher, with_teacher

@@ -20,7 +20,7 @@ from jaxtune.data.tokenizer import Tokenizer
 from jaxtune.models.config import ModelConfig
 from jaxtune.parallel.processes import gather_arrays
 from jaxtune.peft.method import Method
-from jaxtune.recipes.schema_formats import splits_pairs
+from jaxtune.recipes.schema.formats import splits_pairs
 
 DURATIONS = ("total_steps", "total_epochs", "total_examples", "total_tokens")
 
@@ -39,7 +39,7 @@ class Data:
         mismatched: of an objective that needs them, prompts with completions of other prompts, in
             the order of `stream` and `evals`.
         teacher: what a teacher says of the targets, a `teacher_data.TopK`, where it is on disk.
-        replay: old rows that each step reads too; see `recipes.replay_mixing`.
+        replay: old rows that each step reads too; see `recipes.retention.replay_mixing`.
     """
 
     stream: Stream

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxtune.recipes.build import build
-from jaxtune.recipes.plan_report import step_flops, work_of
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.plans.report import step_flops, work_of
+from jaxtune.recipes.schema.resolve import resolve
 
 ROWS_SHOWN = 2
 

@@ -19,7 +19,7 @@ from jaxtune.recipes.base import BASE, is_run
 from jaxtune.recipes.combine import Mix, mixed
 from jaxtune.recipes.language_model import LanguageModel
 from jaxtune.recipes.load import DEFAULT, load
-from jaxtune.recipes.model_card import model_card
+from jaxtune.recipes.report.model_card import model_card
 from jaxtune.training.workdir import read_json
 
 # Largest |Δ logit| of what was written, read back and run in float32, over the largest |logit|.

@@ -28,10 +28,11 @@ from jaxtune.objectives.sft import router_balance
 from jaxtune.parallel.batches import global_batch, held_rows
 from jaxtune.parallel.rules import batch_sharding, replicated
 from jaxtune.peft.method import Method
-from jaxtune.recipes import held_out, stream_feed
+from jaxtune.recipes import stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
+from jaxtune.recipes.evaluation import held_out
 from jaxtune.recipes.objective import Objective, targets_alone, token_rows, tokenised
 from jaxtune.recipes.preference import Reference, reference_of
 from jaxtune.recipes.rows import Rows

@@ -13,8 +13,8 @@ from jaxtune.models.decoder import abstract_params
 from jaxtune.peft.lora import Lora
 from jaxtune.peft.method import SCORE, Method, is_routed, targeted
 from jaxtune.peft.registry import METHODS
-from jaxtune.recipes.schema_keys import KEYS
-from jaxtune.recipes.schema_values import unquoted
+from jaxtune.recipes.schema.keys import KEYS
+from jaxtune.recipes.schema.values import unquoted
 
 
 def make_method(peft: Any, tokenizer: Tokenizer | None) -> Method:

@@ -12,10 +12,11 @@ from jaxtune.core.tree import Tree
 from jaxtune.data.batches import Batch, empty_batch
 from jaxtune.data.inspect import inspect
 from jaxtune.peft.method import Method
-from jaxtune.recipes import held_out, stream_feed
+from jaxtune.recipes import stream_feed
 from jaxtune.recipes.assemble import Parts
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data, batch_keys, open_data, positions_left
+from jaxtune.recipes.evaluation import held_out
 from jaxtune.recipes.rows import Rows
 from jaxtune.training.feed import Source
 from jaxtune.training.step import SumLoss

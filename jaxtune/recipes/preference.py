@@ -22,9 +22,9 @@ from jaxtune.objectives.sft import router_balance
 from jaxtune.objectives.simpo import simpo_loss
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
-from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective, targets_alone
 from jaxtune.recipes.reference import COLUMN, adapters_off, base_logprobs
+from jaxtune.recipes.retention.keep import NAME, Keep, keep_of
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import Predictions, chunk_bytes, predictions
 from jaxtune.training.step import Loss, Metrics, SumLoss

@@ -36,7 +36,7 @@ from jaxtune.recipes.base import (
 )
 from jaxtune.recipes.heads import LANGUAGE_MODEL, Heads, heads_of, with_heads
 from jaxtune.recipes.new_tokens import with_new_tokens
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.workdir import read_json
 
 

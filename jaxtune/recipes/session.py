@@ -17,9 +17,12 @@ from jaxtune.parallel import processes
 from jaxtune.parallel.batches import held_rows, on_all
 from jaxtune.parallel.processes import is_writer
 from jaxtune.peft.registry import spec_of
-from jaxtune.recipes import reference_data, replay_mixing, retention, showcase
+from jaxtune.recipes import reference_data
 from jaxtune.recipes import workdir as files
 from jaxtune.recipes.build import Plan
+from jaxtune.recipes.report import showcase
+from jaxtune.recipes.retention import measured as retention
+from jaxtune.recipes.retention import replay_mixing
 from jaxtune.training import stop, writers
 from jaxtune.training.loop import Hooks, Outcome, Totals, run_loop
 from jaxtune.training.progress import ProgressDisplay

@@ -13,8 +13,8 @@ from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.sft import next_token_loss, router_balance
 from jaxtune.peft.method import Method
 from jaxtune.recipes.assemble import Parts
-from jaxtune.recipes.keep import NAME, Keep, keep_of
 from jaxtune.recipes.objective import Objective
+from jaxtune.recipes.retention.keep import NAME, Keep, keep_of
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.scores import chunk_bytes, predictions
 from jaxtune.training.step import Loss, SumLoss

@@ -16,7 +16,7 @@ from jaxtune.peft.method import FROZEN
 from jaxtune.recipes.assemble import TEACHER, Parts, plan_parts
 from jaxtune.recipes.base import BASE, Base
 from jaxtune.recipes.runs import open_base
-from jaxtune.recipes.schema import Resolved
+from jaxtune.recipes.schema.resolve import Resolved
 
 KEY = "objective.teacher"
 

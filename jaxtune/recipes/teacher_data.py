@@ -25,9 +25,10 @@ from jaxtune.data.shares import SharedStore
 from jaxtune.data.token_store import TokenStore
 from jaxtune.parallel.batches import held_rows
 from jaxtune.peft.method import Method
-from jaxtune.recipes import held_out, stream_feed
+from jaxtune.recipes import stream_feed
 from jaxtune.recipes.base import Base
 from jaxtune.recipes.data import Data
+from jaxtune.recipes.evaluation import held_out
 from jaxtune.recipes.objective import token_rows, tokenised
 from jaxtune.training.feed import Source
 from jaxtune.training.workdir import read_json

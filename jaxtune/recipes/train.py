@@ -27,8 +27,8 @@ from jaxtune.recipes import workdir as files
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.budget import chip_of, seconds_of, spent
 from jaxtune.recipes.build import Plan, build
-from jaxtune.recipes.report import write_report
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.report.page import write_report
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.recipes.session import Begun, run
 from jaxtune.recipes.versions import code_fingerprint, versions
 from jaxtune.training import stop

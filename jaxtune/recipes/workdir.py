@@ -20,8 +20,8 @@ from jaxtune.checkpoints.pareto import Aims
 from jaxtune.checkpoints.runs import RunCheckpoints
 from jaxtune.core.errors import RequestError
 from jaxtune.core.places import copy_up, is_remote, move, place
-from jaxtune.recipes.schema import changes
-from jaxtune.recipes.schema_retention import METRICS_OF as BOUNDS
+from jaxtune.recipes.schema.resolve import changes
+from jaxtune.recipes.schema.retention import METRICS_OF as BOUNDS
 from jaxtune.training.stop import FINISHED, RETENTION
 from jaxtune.training.workdir import read_json, write_json
 

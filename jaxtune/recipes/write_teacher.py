@@ -12,7 +12,7 @@ import numpy as np
 from jaxtune.core.errors import RequestError
 from jaxtune.data.batches import placed_batches
 from jaxtune.parallel.batches import global_batch
-from jaxtune.recipes.eval_data import Entry, open_one
+from jaxtune.recipes.evaluation.data import Entry, open_one
 from jaxtune.recipes.load import load
 from jaxtune.recipes.scores import most_likely
 from jaxtune.recipes.teacher_data import write_one

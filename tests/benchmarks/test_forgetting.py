@@ -11,7 +11,7 @@ import pytest
 from benchmarks import forgetting, tasks
 from benchmarks.forgetting_page import Found, by_group, points, verdict, write_page
 from benchmarks.results import MODEL
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 
 BEFORE = Found(loss=5.0, accuracy=0.5, stories=1.0)
 ROWS = [

@@ -75,7 +75,7 @@ def test_the_page_holds_the_tables_of_the_other_objectives_as_they_are(tmp_path)
 
 @pytest.mark.slow
 def test_a_quick_run_writes_the_page(shared, sms, tmp_path, capsys):
-    from jaxtune.recipes.evaluate import evaluate
+    from jaxtune.recipes.evaluation.evaluate import evaluate
 
     page = tmp_path / "page.md"
     argv = ["--quick", "--methods=bitfit", "--tasks=sms_spam", f"--out={page}"]

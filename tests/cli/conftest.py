@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 import sys
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-import jaxtune.recipes
 from jaxtune.cli.main import main
 
 CONFIG = '''"""A config for tests."""
@@ -82,9 +82,10 @@ def recipe(monkeypatch: pytest.MonkeyPatch):
 
     def replace(name: str, **members: Any) -> None:
         module = types.ModuleType(f"jaxtune.recipes.{name}")
+        folder, _, own = module.__name__.rpartition(".")
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(jaxtune.recipes, name, module, raising=False)
+        monkeypatch.setattr(importlib.import_module(folder), own, module, raising=False)
 
     return replace
 
@@ -114,5 +115,5 @@ def training(recipe) -> Training:
     stand_in = Training()
     recipe("train", train=stand_in.train)
     recipe("dry_run", dry_run=stand_in.dry_run)
-    recipe("sweep_metrics", metric_names=lambda config: {"eval/loss"})
+    recipe("sweep.metrics", metric_names=lambda config: {"eval/loss"})
     return stand_in

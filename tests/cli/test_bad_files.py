@@ -12,8 +12,8 @@ import pytest
 
 from jaxtune.recipes.build import method_of
 from jaxtune.recipes.runs import open_base
-from jaxtune.recipes.schema import resolve
-from jaxtune.recipes.sweep_metrics import COUNTS, TIMES, metric_names
+from jaxtune.recipes.schema.resolve import resolve
+from jaxtune.recipes.sweep.metrics import COUNTS, TIMES, metric_names
 from jaxtune.recipes.train import Begun, failure, train
 from jaxtune.training.loop import Totals
 from jaxtune.training.workdir import MetricsFile

@@ -14,7 +14,7 @@ import pytest
 
 import jaxtune.data.prepare
 from jaxtune.cli.main import main
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.cli import bad_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,21 +68,21 @@ def works(world: Path, recipe, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
     summary = {"stop_reason": "finished", "step": 1, "metrics": {"loss": 1.0, "eval/loss": 1.0}}
     recipe("train", train=noting("train", types.SimpleNamespace(summary=summary)))
-    recipe("evaluate", evaluate=noting("evaluate", {"loss": 1.0}))
+    recipe("evaluation.evaluate", evaluate=noting("evaluate", {"loss": 1.0}))
     recipe("export", export=noting("export", {"out": "x"}))
     recipe("load", load=noting("load", lm))
     recipe("quickstart", main=noting("quickstart", 0))
     samples = {"num": 1, "new_tokens": 1, "ended": 1, "longest": 1}
-    recipe("replay", write_replay=noting("write_replay", samples))
-    recipe("diff", diff=noting("diff", {"config": []}))
-    recipe("sweep_metrics", metric_names=lambda config: names_of(config))
+    recipe("retention.replay", write_replay=noting("write_replay", samples))
+    recipe("report.diff", diff=noting("diff", {"config": []}))
+    recipe("sweep.metrics", metric_names=lambda config: names_of(config))
     prepared = {"directory": "x", "splits": {"train": 1}}
     monkeypatch.setattr(jaxtune.data.prepare, "prepare", noting("prepare", prepared))
     return called
 
 
 def names_of(config: Any) -> set[str]:
-    """As `sweep_metrics.metric_names`, for a config with or without evaluation data."""
+    """As `sweep.metrics.metric_names`, for a config with or without evaluation data."""
     return {"loss", "eval/loss"} if resolve(config).data.eval else {"loss"}
 
 

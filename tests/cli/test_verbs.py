@@ -27,7 +27,7 @@ def evaluation(recipe) -> list[dict[str, Any]]:
         calls.append(options)
         return RESULT
 
-    recipe("evaluate", evaluate=evaluate)
+    recipe("evaluation.evaluate", evaluate=evaluate)
     return calls
 
 
@@ -42,7 +42,10 @@ def test_eval_passes_on_what_was_given_and_nothing_else(cli, evaluation, config_
 
 
 def test_json_has_no_infinity(cli, recipe) -> None:
-    recipe("evaluate", evaluate=lambda **_: {"loss": float("nan"), "perplexity": float("inf")})
+    recipe(
+        "evaluation.evaluate",
+        evaluate=lambda **_: {"loss": float("nan"), "perplexity": float("inf")},
+    )
     out = cli("eval", "--model=/m", "--data=jsonl:x", "--format=chat", "--json").out
     assert out == '{"loss": null, "perplexity": null}\n'
 
@@ -59,7 +62,7 @@ def test_eval_shows_figures_with_their_intervals(cli, recipe) -> None:
         "against": {"loss": 1.0, "rise": 0.125, "low": 0.1, "high": 0.2, "kl": 0.3}
         | {"metrics": {"f1": figure | {"rise": 0.0625}}},
     }
-    recipe("evaluate", evaluate=lambda **_: result)
+    recipe("evaluation.evaluate", evaluate=lambda **_: result)
     out = cli("eval", "--model=/m", "--data=jsonl:x", "--format=chat", "--metrics=f1").out
     for words in ("0.5 [0.25, 0.75]", "0.5, rise 0.0625 [0.25, 0.75]", "against: kl", "0.125"):
         assert words in out, out

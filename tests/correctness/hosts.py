@@ -51,7 +51,13 @@ def child(arguments: list[str], request: dict[str, Any], index: int) -> int:
 
 def serve() -> None:
     """Answers requests until the input ends."""
-    for name in ("cli.train", "cli.eval", "recipes.train", "recipes.evaluate", "cli.config_file"):
+    for name in (
+        "cli.train",
+        "cli.eval",
+        "recipes.train",
+        "recipes.evaluation.evaluate",
+        "cli.config_file",
+    ):
         importlib.import_module(f"jaxtune.{name}")
     importlib.import_module("grain")
     answers = os.fdopen(os.dup(1), "w")

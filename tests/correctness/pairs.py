@@ -14,7 +14,7 @@ from jaxtune.parallel.mesh import batch_shards
 from jaxtune.peft.method import Method
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.rows import Rows
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.step import mean_loss, summed_gradients, unit_weight
 from tests.correctness.small import ROWS, Small
 

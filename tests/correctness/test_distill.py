@@ -15,7 +15,7 @@ from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import flatten
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.recipes.write_teacher import write_teacher
 from tests.correctness import interrupts
 from tests.correctness.hosts import Hosts

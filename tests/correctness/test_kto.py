@@ -14,7 +14,7 @@ from jaxtune.data.mismatched import mismatched
 from jaxtune.parallel.mesh import make_mesh
 from jaxtune.recipes import kto
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.pair_runs import pair_config
 from tests.correctness.pairs import assert_same, config_of, measure, pair_batch, pair_examples
 from tests.correctness.small import METHODS, small

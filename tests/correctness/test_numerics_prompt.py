@@ -15,7 +15,7 @@ from jaxtune.models.probe import probe
 from jaxtune.peft.method import Method
 from jaxtune.peft.prefix import Prefix
 from jaxtune.peft.prompt import Prompt
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.checkpoints.world import assert_same_logits, logits_of, random_params
 from tests.correctness.runs import run_config
 from tests.correctness.small import CONFIG, METHODS, examples

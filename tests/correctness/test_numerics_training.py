@@ -21,8 +21,8 @@ from jaxtune.core.weighted import Weighted
 from jaxtune.peft.method import FIXED, FROZEN, TRAINED, labels
 from jaxtune.recipes import build, sft
 from jaxtune.recipes.assemble import load_parts
-from jaxtune.recipes.evaluate import evaluate
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.evaluation.evaluate import evaluate
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.runs import OVERRIDES, base_params, run_config
 from tests.correctness.small import DISTINCT, examples
 

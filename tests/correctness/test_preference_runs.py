@@ -17,7 +17,7 @@ from jaxtune.recipes import preference, reference_data
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.reference import COLUMN, WrongReference, adapters_off
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.step import mean_loss, terms
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench

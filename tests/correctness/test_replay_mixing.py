@@ -23,9 +23,9 @@ from jaxtune.recipes.base import BASE
 from jaxtune.recipes.build import build
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import base_of
-from jaxtune.recipes.replay_mixing import with_terms
+from jaxtune.recipes.retention.replay_mixing import with_terms
 from jaxtune.recipes.rows import Rows
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.compile import fresh_state
 from jaxtune.training.step import mean_loss, summed_gradients, unit_weight
 from tests.correctness import interrupts, pairs

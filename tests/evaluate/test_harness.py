@@ -134,14 +134,14 @@ def test_a_continuation_longer_than_the_model_reads_is_scored_in_pieces(ours):
     ],
 )
 def test_settings_of_a_task_that_writes(settings, expected):
-    from jaxtune.recipes.harness_model import Writing, writing
+    from jaxtune.recipes.evaluation.harness_model import Writing, writing
 
     assert writing(settings) == Writing(*expected)
 
 
 def test_a_setting_that_is_not_known_is_refused():
     from jaxtune.core.errors import RequestError
-    from jaxtune.recipes.harness_model import writing
+    from jaxtune.recipes.evaluation.harness_model import writing
 
     with pytest.raises(RequestError, match=r"num_beams.*4"):
         writing({"num_beams": 4})
@@ -149,7 +149,7 @@ def test_a_setting_that_is_not_known_is_refused():
 
 def test_draws_differ_from_batch_to_batch(ours, monkeypatch):
     """A task that asks for many samples of one prompt gets many."""
-    from jaxtune.recipes.harness_model import Writing
+    from jaxtune.recipes.evaluation.harness_model import Writing
 
     monkeypatch.setattr(ours, "rows", 4)
     written = ours._write(Writing(8, (), 9.0, 1.0, 0), [ours.tok_encode("Once")] * 12)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes import harness
+from jaxtune.recipes.evaluation import harness
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):

@@ -12,7 +12,7 @@ from jaxtune.models.attention_backends import BACKENDS, NAMES, Setting, backend,
 from jaxtune.models.presets import CHOICES, preset
 from jaxtune.models.rope import Rope
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.recipes.schema_keys import ATTENTION
+from jaxtune.recipes.schema.keys import ATTENTION
 
 LLAMA, GEMMA = preset("llama3.1-8b"), preset("gemma2-9b")
 TPU = Setting("tpu", 8192)

@@ -8,8 +8,8 @@ import pytest
 from jaxtune.planning import collectives, hlo
 from jaxtune.recipes import scores
 from jaxtune.recipes.build import build
-from jaxtune.recipes.plan_report import frozen_shapes, step_flops
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.plans.report import frozen_shapes, step_flops
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.tiny_runs import SEQ, VOCAB, run_config
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from jaxtune.cli.main import main
 from jaxtune.core.tree import flatten, unflatten
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.pair_runs import pair_config
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from jaxtune.peft.lora import Lora
 from jaxtune.peft.method import Method
 from jaxtune.recipes.adapters import Adapter, sum_of_loras
 from jaxtune.recipes.build import build
-from jaxtune.recipes.plan_report import step_flops
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.plans.report import step_flops
+from jaxtune.recipes.schema.resolve import resolve
 from tests.checkpoints.world import CONFIG, random_params
 from tests.correctness.tiny_runs import MODEL, rows, run_config
 

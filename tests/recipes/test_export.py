@@ -19,7 +19,7 @@ from jaxtune.core.tree import flatten, unflatten
 from jaxtune.peft.lora import Lora
 from jaxtune.recipes import export as recipe
 from jaxtune.recipes.export import ExportError, export
-from jaxtune.recipes.model_card import front_matter, table
+from jaxtune.recipes.report.model_card import front_matter, table
 from tests.checkpoints.world import random_params
 from tests.correctness.runs import base_params, run_config
 

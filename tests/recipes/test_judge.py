@@ -12,8 +12,8 @@ from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
 from jaxtune.data.formats import Completion
 from jaxtune.data.questions import Question
-from jaxtune.recipes.judge import ATTEMPTS, COMPARING, GRADING, open_judge, verdict
-from jaxtune.recipes.judged import compare, grade
+from jaxtune.recipes.evaluation.judge import ATTEMPTS, COMPARING, GRADING, open_judge, verdict
+from jaxtune.recipes.evaluation.judged import compare, grade
 from jaxtune.rl.http import Server
 from tests.rl.serving import serving
 

@@ -12,7 +12,7 @@ import jaxtune
 from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import flatten
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.cli import bad_world
 from tests.goldens.tiny import write_llama
 

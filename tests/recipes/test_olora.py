@@ -17,7 +17,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import flatten
 from jaxtune.optim.orthogonal import overlap
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.runs import run_config

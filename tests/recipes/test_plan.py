@@ -14,10 +14,10 @@ from jaxtune.planning.fit import ranked
 from jaxtune.recipes import train as recipe
 from jaxtune.recipes.build import build
 from jaxtune.recipes.dry_run import dry_run
-from jaxtune.recipes.plan_draft import draft
-from jaxtune.recipes.plan_fit import fit, row_parts, starting, trials, with_setting
-from jaxtune.recipes.plan_report import analyse
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.plans.draft import draft
+from jaxtune.recipes.plans.fit import fit, row_parts, starting, trials, with_setting
+from jaxtune.recipes.plans.report import analyse
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.tiny_runs import run_config
 
 LARGE = {

@@ -8,7 +8,7 @@ import pytest
 
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.tiny_runs import run_config
 from tests.data.conftest import write_tokenizer
 

@@ -14,10 +14,10 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.quantize import dense_tree
 from jaxtune.core.tree import flatten
 from jaxtune.parallel.mesh import make_mesh
-from jaxtune.recipes.evaluate import evaluate
+from jaxtune.recipes.evaluation.evaluate import evaluate
 from jaxtune.recipes.export import export
 from jaxtune.recipes.runs import open_base, open_run
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench
 from tests.correctness.tiny_runs import arrays, assert_same_run, rows, run_config

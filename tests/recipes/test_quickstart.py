@@ -149,7 +149,7 @@ def test_half_a_line_is_not_yet_a_step(tmp_path):
 
 @pytest.mark.smoke
 def test_shipped_configs_are_valid(tmp_path):
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
 
     paths = texts.write(tmp_path, count=10)
     for config in (

@@ -12,8 +12,8 @@ import jaxtune
 from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
 from jaxtune.generate import sampler
-from jaxtune.recipes import replay
-from jaxtune.recipes.replay_starts import starts_of
+from jaxtune.recipes.retention import replay
+from jaxtune.recipes.retention.replay_starts import starts_of
 from tests.cli import bad_world
 
 NUM, NEW = 11, 6

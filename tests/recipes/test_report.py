@@ -10,8 +10,8 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
-from jaxtune.recipes.report import kept, report
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.report.page import kept, report
+from jaxtune.recipes.schema.resolve import resolve
 from tests.cli import bad_world
 
 pytestmark = pytest.mark.slow

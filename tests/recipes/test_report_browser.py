@@ -12,8 +12,8 @@ import pytest
 
 import jaxtune
 from jaxtune.cli.main import main
-from jaxtune.recipes.report_sweep import write_sweep
-from jaxtune.recipes.sweep import Row
+from jaxtune.recipes.report.sweep import write_sweep
+from jaxtune.recipes.sweep.sweep import Row
 from tests.recipes.test_report import config_of, world
 
 __all__ = ["world"]

@@ -15,7 +15,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.evaluate.bootstrap import mean_of, paired
 from jaxtune.recipes.build import build
 from jaxtune.recipes.runs import open_run
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.recipes.workdir import within
 
 STORY = "One day a dog ran to the big red house. The cat was sad. Then they had a lot of fun."

@@ -19,7 +19,7 @@ from jaxtune.core.tree import flatten, unflatten
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.runs import open_run
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.runs import run_config, write_examples
 
 pytestmark = pytest.mark.slow

@@ -3,8 +3,8 @@
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes.schema_keys import BY_PATH
-from jaxtune.recipes.schema_values import check
+from jaxtune.recipes.schema.keys import BY_PATH
+from jaxtune.recipes.schema.values import check
 
 KEY = BY_PATH["objective.rewards"]
 

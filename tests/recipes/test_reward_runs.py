@@ -12,9 +12,9 @@ from jaxtune.cli.main import main
 from jaxtune.core.errors import RequestError
 from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
-from jaxtune.recipes.evaluate import evaluate
+from jaxtune.recipes.evaluation.evaluate import evaluate
 from jaxtune.recipes.export import export
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.rl.rewards.scores import score
 from tests.correctness import interrupts
 from tests.correctness.interrupts import Workbench

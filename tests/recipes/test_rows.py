@@ -16,7 +16,7 @@ from jaxtune.recipes.assemble import load_parts
 from jaxtune.recipes.build import build
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.rows import Rows, rows_of
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.recipes.scores import predictions
 from tests.correctness.pair_runs import SEQ, pair_config
 

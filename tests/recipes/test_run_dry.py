@@ -15,7 +15,7 @@ from jaxtune.core.errors import RequestError
 from jaxtune.recipes import train as recipe
 from jaxtune.recipes.build import build
 from jaxtune.recipes.dry_run import dry_run
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from tests.correctness.tiny_runs import run_config, tree_hash
 
 

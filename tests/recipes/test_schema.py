@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes.schema import Resolved, changes, plain, resolve
-from jaxtune.recipes.schema_keys import BY_PATH, KEYS
-from jaxtune.recipes.schema_optim import OPTIMIZERS, SCHEDULES
-from jaxtune.recipes.schema_peft import METHODS
+from jaxtune.recipes.schema.keys import BY_PATH, KEYS
+from jaxtune.recipes.schema.optim import OPTIMIZERS, SCHEDULES
+from jaxtune.recipes.schema.peft import METHODS
+from jaxtune.recipes.schema.resolve import Resolved, changes, plain, resolve
 
 SOURCE = "jsonl:train.jsonl"
 

@@ -7,13 +7,13 @@ import pytest
 from jaxtune.core.errors import RequestError
 from jaxtune.data import formats
 from jaxtune.data.columns import KEYS
-from jaxtune.recipes.schema_formats import (
+from jaxtune.recipes.schema.formats import (
     FORMATS_OF,
     check_formats,
     check_overlong,
     splits_pairs,
 )
-from jaxtune.recipes.schema_keys import FORMATS
+from jaxtune.recipes.schema.keys import FORMATS
 
 
 def entries(*names: str) -> tuple[dict[str, str], ...]:

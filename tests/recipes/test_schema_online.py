@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 
 
 def config(name: str = "grpo", **changes: Any) -> dict[str, Any]:

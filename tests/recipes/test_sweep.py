@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from jaxtune.core.errors import RequestError
-from jaxtune.recipes.hyper import Hyper, from_flags, short_name
-from jaxtune.recipes.overrides import assign, declared, parse, split
-from jaxtune.recipes.schema import Resolved
-from jaxtune.recipes.sweep import plan, rank, run_sweep
+from jaxtune.recipes.schema.overrides import assign, declared, parse, split
+from jaxtune.recipes.schema.resolve import Resolved
+from jaxtune.recipes.sweep.hyper import Hyper, from_flags, short_name
+from jaxtune.recipes.sweep.sweep import plan, rank, run_sweep
 
 h = Hyper()
 

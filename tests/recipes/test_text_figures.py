@@ -14,8 +14,8 @@ from jaxtune.core.errors import RequestError
 from jaxtune.data.formats import Completion
 from jaxtune.data.questions import Question
 from jaxtune.evaluate.text_metrics import measure
-from jaxtune.recipes.labelled import AUTO, MOST, labels_of, truth_of
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.evaluation.labelled import AUTO, MOST, labels_of, truth_of
+from jaxtune.recipes.schema.resolve import resolve
 
 pytest.importorskip("sacrebleu")
 MESSAGES = 10

@@ -9,8 +9,8 @@ import json
 import pathlib
 
 from jaxtune.cli import config_file
-from jaxtune.recipes.hyper import Hyper
-from jaxtune.recipes.sweep import plan
+from jaxtune.recipes.sweep.hyper import Hyper
+from jaxtune.recipes.sweep.sweep import plan
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 GOLDENS = pathlib.Path(__file__).resolve().parent / "goldens"

@@ -12,7 +12,7 @@ from jaxtune.core.tree import combine, map_paths
 from jaxtune.models import decoder
 from jaxtune.objectives.advantages import ADVANTAGES, soft_overlong
 from jaxtune.recipes.build import build
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.recipes.train import begin
 from jaxtune.rl.rollouts import Schedule
 from tests.rl.tiny import NEW, letters, run_config

@@ -126,7 +126,7 @@ def test_a_reward_that_gives_nan_stops_the_run_or_drops_the_sample(data, tmp_pat
 def test_a_server_samples_in_the_place_of_the_trainers_arrays(data, tmp_path):
     from jaxtune.recipes.assemble import load_parts
     from jaxtune.recipes.build import build
-    from jaxtune.recipes.schema import resolve
+    from jaxtune.recipes.schema.resolve import resolve
     from tests.rl.serving import TinyServer, serving
 
     config = run_config(data, **SHORT | {"total_steps": 8})

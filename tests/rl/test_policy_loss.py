@@ -20,7 +20,7 @@ from jaxtune.recipes.base import BASE
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.reference import base_of
 from jaxtune.recipes.rows import Rows
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.step import mean_loss, summed_gradients, terms, unit_weight
 from tests.correctness.small import CONFIG, small
 from tests.rl.tiny import run_config

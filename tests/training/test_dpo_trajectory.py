@@ -18,7 +18,7 @@ from jaxtune.recipes.build import optim_spec
 from jaxtune.recipes.objectives import OBJECTIVES
 from jaxtune.recipes.rows import Rows
 from jaxtune.recipes.runs import open_base
-from jaxtune.recipes.schema import resolve
+from jaxtune.recipes.schema.resolve import resolve
 from jaxtune.training.compile import fresh_state, jit_step, make_layout
 from jaxtune.training.step import make_train_step
 from tests.correctness.pairs import pair_batch

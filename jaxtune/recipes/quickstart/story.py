@@ -117,7 +117,7 @@ def main(
             where=workdir,
         )
     # Here, so that `jaxtune quickstart --help` is quick.
-    from jaxtune.recipes.evaluate import evaluate
+    from jaxtune.recipes.evaluation.evaluate import evaluate
     from jaxtune.recipes.load import load
     from jaxtune.recipes.train import train
 
