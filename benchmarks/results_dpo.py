@@ -5,7 +5,8 @@
     python -m benchmarks.results_dpo --quick --out=FILE # a few steps of each, to see that it runs
 
 `babyllama105` is tuned on the chosen sides of rasbt's pairs, then a LoRA learns from the pairs
-themselves by DPO. Needs the real models and data in ../shared.
+themselves by DPO; a second time while `babyllama105`'s own samples are replayed. Needs the real
+models and data in ../shared.
 
 Then `python -m benchmarks.results --objectives`: docs/results.md quotes the page.
 """
@@ -40,6 +41,14 @@ STORIES, QUICK_STORIES, QUICK_PAIRS, QUICK_STEPS = 100, 4, 24, 3
 SFT_RATE, SFT_EPOCHS, SFT_ROWS = 1e-3, 2, 16
 # A row holds a prompt twice; longer pairs are left out of training, not of what is measured.
 DPO = {"beta": 0.1, "rate": 2e-3, "epochs": 0.5, "rows": 8, "rank": 8, "length": 320}
+# Settings that were taken once, not searched for.
+REPLAY = {"samples": 400, "strength": 0.2, "rows": 4}
+RUNS = {  # name of a model: what the page calls it
+    "base": "before",
+    "sft": "SFT on chosen",
+    "dpo": "then DPO",
+    "replay": "then DPO with replay",
+}
 RESAMPLES = 10_000
 Pair = tuple[str, str, str]
 
@@ -162,6 +171,26 @@ def dpo_config(model: Path, source: str, held: str) -> dict[str, Any]:
     }
 
 
+def replaying(source: str) -> dict[str, Any]:
+    """Returns the part of a config that replays text."""
+    return {
+        "retention": {
+            "replay_data": [{"source": source, "format": "tokens"}],
+            "replay": REPLAY["strength"],
+            "replay_batch_size": REPLAY["rows"],
+        }
+    }
+
+
+def write_samples(path: Path, count: int) -> str:
+    """Writes samples of the untuned model and returns their source."""
+    from jaxtune.recipes.retention.replay import write_replay
+
+    model = str(SHARED / MODEL)
+    write_replay(model=model, out=str(path), num=count, max_new_tokens=LENGTH - 1, dtype="float32")
+    return f"jsonl:{path}"
+
+
 def interval(values: np.ndarray) -> tuple[float, float]:
     """Returns the central 95 % of the mean over resampled pairs."""
     rng = np.random.default_rng(0)
@@ -176,16 +205,23 @@ def shown(hits: np.ndarray) -> str:
     return f"{percent(hits.mean())} ({100 * low:.1f}–{100 * high:.1f})"
 
 
+def difference(hits: np.ndarray, others: np.ndarray) -> str:
+    """Returns the points by which one share is above another of the same pairs."""
+    gain = hits.astype(float) - others
+    low, high = interval(gain)
+    return f"{100 * gain.mean():+.1f} points (95 %: {100 * low:+.1f} to {100 * high:+.1f})"
+
+
 def page(
     found: dict[str, Measured], logged: dict[str, float], counts: Counter, command: str
 ) -> str:
     """Returns the Markdown page."""
     from jaxtune.recipes.train import versions
 
-    base, sft, dpo = (found[name] for name in ("base", "sft", "dpo"))
+    base, sft, dpo, replay = (found[name] for name in RUNS)
     rows = [
         [
-            name,
+            RUNS[name],
             shown(one.by_sum),
             shown(one.by_token),
             f"{np.mean(one.chosen):.2f}",
@@ -193,11 +229,8 @@ def page(
             f"{one.stories:.4f}",
             f"{one.seconds:.0f}" if one.seconds else "",
         ]
-        for name, one in (("before", base), ("SFT on chosen", sft), ("then DPO", dpo))
+        for name, one in found.items()
     ]
-    gain = dpo.by_token.astype(float) - sft.by_token
-    gained = dpo.by_sum.astype(float) - sft.by_sum
-    (low, high), (low_sum, high_sum) = interval(gain), interval(gained)
     told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
     header = ["model", "likelier", "likelier a token", "log p chosen", "log p rejected"]
     facts = {"date": datetime.date.today().isoformat(), "command": command}
@@ -213,13 +246,19 @@ def page(
         + "\nShares are of held-out pairs whose chosen side has the larger log-probability, summed "
         "over its tokens or a token; in parentheses the central 95 % of the mean over "
         f"{RESAMPLES:,} resamplings of the pairs.\n\n"
-        f"DPO over SFT: {100 * gained.mean():+.1f} points by sum (95 %: {100 * low_sum:+.1f} to "
-        f"{100 * high_sum:+.1f}) and {100 * gain.mean():+.1f} a token ({100 * low:+.1f} to "
-        f"{100 * high:+.1f}), of the same pairs. Implicit reward (gain on the reference) larger "
-        f"for the chosen side: {shown(dpo.rewarded(sft))}; the run itself logged, of held-out "
-        f"pairs that fit into {DPO['length']} tokens, "
+        f"DPO over SFT: {difference(dpo.by_sum, sft.by_sum)} by sum and "
+        f"{difference(dpo.by_token, sft.by_token)} a token, of the same pairs. "
+        "Implicit reward (gain on the reference) larger for the chosen side: "
+        f"{shown(dpo.rewarded(sft))}; the run itself logged, of held-out pairs that fit into "
+        f"{DPO['length']} tokens, "
         f"`eval/accuracy` {logged['eval/accuracy']:.4f}, `eval/loss` {logged['eval/loss']:.4f} "
         f"(ln 2 = 0.6931 at its start).\n\n"
+        f"The last run is the same DPO with `retention.replay={REPLAY['strength']:g}`: each step "
+        f"also reads {REPLAY['rows']} of {REPLAY['samples']} texts that the untuned model wrote by "
+        "itself (`jaxtune data replay`), of which it takes the next-token loss. Over DPO alone its "
+        f"TinyStories NLL is {replay.stories - dpo.stories:+.4f}, and of the pairs "
+        f"{difference(replay.by_sum, dpo.by_sum)} by sum and "
+        f"{difference(replay.by_token, dpo.by_token)} a token.\n\n"
         + "".join(f"- {name}: {value}\n" for name, value in facts.items())
     )
 
@@ -243,21 +282,23 @@ def run(quick: bool, keep: Path, known: set[str]) -> tuple[dict[str, Measured], 
         "sft": sft_config(chosen) | duration(quick, SFT_EPOCHS),
         "dpo": dpo_config(keep / "sft", *sources) | duration(quick, DPO["epochs"]),
     }
+    samples = write_samples(keep / "samples.jsonl", QUICK_PAIRS if quick else REPLAY["samples"])
+    configs["replay"] = configs["dpo"] | replaying(samples)
     found, logged = {}, {}
-    for name in ("base", "sft", "dpo"):
+    for name in RUNS:
         kept = keep / f"{name}.json"
         if not kept.exists():
-            started, seconds = time.perf_counter(), 0.0
+            started, seconds, metrics = time.perf_counter(), 0.0, {}
             if name in configs:
                 summary = jaxtune.train(configs[name], keep / name).summary
-                seconds, logged = time.perf_counter() - started, summary["metrics"]
+                seconds, metrics = time.perf_counter() - started, summary["metrics"]
             lm = jaxtune.load(keep / name if name in configs else SHARED / MODEL, dtype="float32")
             one = dataclasses.asdict(measure(lm, held, texts, seconds))
-            kept.write_text(json.dumps({"measured": one, "logged": logged}))
+            kept.write_text(json.dumps({"measured": one, "logged": metrics}))
         content = json.loads(kept.read_text())
-        found[name], logged = Measured(**content["measured"]), content["logged"]
+        found[name], logged[name] = Measured(**content["measured"]), content["logged"]
         print(name, shown(found[name].by_sum), shown(found[name].by_token), flush=True)
-    return found, logged, counts
+    return found, logged["dpo"], counts
 
 
 def duration(quick: bool, epochs: float) -> dict[str, Any]:
