@@ -112,7 +112,7 @@ def test_labels_are_those_of_the_data_or_those_named():
     ("flags", "told"),
     [
         (["--metrics=f2"], "--metrics: unknown metric 'f2' (did you mean 'f1'?)"),
-        (["--metrics="], "--metrics: names no metric"),
+        (["--metrics="], "--metrics: expected names"),
         (["--labels=ham"], "--labels: expected two labels or more; got ham"),
         (["--labels=ham,spma"], "sms.jsonl:3: --labels: the completion 'spam' is none of the"),
         (["--temperature=1"], "--temperature: needs --metrics"),
