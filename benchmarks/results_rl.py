@@ -1,6 +1,6 @@
 """GRPO and PPO on real data: writes docs/results_rl.md.
 
-    python -m benchmarks.results_rl                       # both
+    python -m benchmarks.results_rl                       # both, from three seeds
     python -m benchmarks.results_rl --objectives=grpo     # one of them
     python -m benchmarks.results_rl --quick --out=FILE    # two iterations, to see that it runs
     python -m benchmarks.results_rl --keep=DIR            # what DIR holds is not run again
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -33,6 +34,7 @@ SHARED = ROOT.parent / "shared"
 MODEL = "models/babyllama105"
 WORD, NEW, LENGTH, HELD, EXAMPLES = "big", 80, 160, 64, 3
 GOAL = 0.3  # of the possible gain
+SEEDS = (0, 1, 2)
 OPENING = re.compile(r"[^.!?]{20,70}[.!?]")
 
 # By objective: its own keys, batch_size, steps, and the learning rate.
@@ -88,15 +90,15 @@ def openings(model: Path) -> list[str]:
     return list(dict.fromkeys(fine))
 
 
-def config_of(name: str, files: tuple[Path, Path], model: Path, quick: bool) -> dict[str, Any]:
+def config_of(name: str, seed: int, files: tuple[Path, Path], quick: bool) -> dict[str, Any]:
     """Returns the config of a run."""
     own, batch, steps, rate = SETTINGS[name]
     rows = own["prompts"] * own["samples"]
     if quick:
         steps = 2 * own.get("epochs", 1) * rows // batch
     return {
-        "seed": 0,
-        "model": {"path": str(model), "dtype": "float32"},
+        "seed": seed,
+        "model": {"path": str(SHARED / MODEL), "dtype": "float32"},
         "peft": {"method": "lora", "rank": 8, "alpha": 16.0},
         "objective": {
             "name": name,
@@ -133,18 +135,17 @@ def reward_of_start(config: dict[str, Any]) -> float:
         return plan.evaluate(*plan.parts.split(params))["eval/reward"]
 
 
-def train_and_measure(name: str, files: tuple[Path, Path], scratch: Path, quick: bool) -> Run:
+def train_and_measure(config: dict[str, Any], workdir: Path) -> Run:
     """Trains an objective and says what came of it."""
     import jaxtune
 
-    config = config_of(name, files, SHARED / MODEL, quick)
     before = reward_of_start(config)
     started = time.perf_counter()
-    result = jaxtune.train(config, scratch / name)
+    result = jaxtune.train(config, workdir)
     seconds = time.perf_counter() - started
     first = {row["iteration"]: row for row in reversed(result.history) if "iteration" in row}
     rows = [first[number] for number in sorted(first)]
-    shown = [json.loads(x) for x in (scratch / name / "samples.jsonl").read_text().splitlines()]
+    shown = [json.loads(x) for x in (workdir / "samples.jsonl").read_text().splitlines()]
     last = [row for row in shown if row["iteration"] == rows[-1]["iteration"]]
     times = sorted(row["sampling_seconds"] for row in rows)
     return Run(
@@ -168,8 +169,9 @@ def reached(run: Run) -> str:
     return f"{run.reached} ({run.seconds * run.reached / run.iterations:.0f})"
 
 
-def page(runs: dict[str, Run], held: int, command: str) -> str:
-    """Returns the page."""
+def page(runs: dict[str, dict[int, Run]], held: int, command: str) -> str:
+    """Returns the page of {objective: {seed: what came of it}}."""
+    every = [run for some in runs.values() for run in some.values()]
     lines = [
         "# Reinforcement learning on real data",
         "",
@@ -183,26 +185,26 @@ def page(runs: dict[str, Run], held: int, command: str) -> str:
         f"linear layers, float32. Held out: {held} first sentences, "
         "4 samples each at temperature 1.",
         "",
-        "| | before | after | share of the possible gain | KL, nats a completion (a token) "
+        "| | seed | before | after | share of the possible gain | KL, nats a completion (a token) "
         f"| iterations (steps) | seconds in all | {GOAL:g} of the gain at iteration (about s) "
         "| sampling, s an iteration |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, run in runs.items():
-        lines.append(
-            f"| `{name}` | {run.before:.3f} | {run.after:.3f} | {run.share:.2f} | "
+    for name, some in runs.items():
+        lines += [
+            f"| `{name}` | {seed} | {run.before:.3f} | {run.after:.3f} | {run.share:.2f} | "
             f"{run.kl[0]:.1f} ({run.kl[1]:.3f}) | {run.iterations} ({run.steps}) | "
             f"{run.seconds:.0f} | {reached(run)} | {run.sampling:.1f} |"
-        )
+            for seed, run in some.items()
+        ]
     lines += [
         "",
-        "Seconds are of the wall, with compilation and evaluation, on a machine that other work "
-        "shared; KL is from the model before training; when a run had a share of the gain is told "
-        "by the samples of its iterations, not the held-out ones. Sampler and trainer gave "
-        "the same log-probabilities to within "
-        f"{max(run.gap for run in runs.values()):.1e} nats a token.",
+        "Seconds are of the wall, with compilation and evaluation; KL is from the model before "
+        "training; when a run had a share of the gain is told by the samples of its iterations, "
+        "not the held-out ones. Sampler and trainer gave the same log-probabilities to within "
+        f"{max(run.gap for run in every):.1e} nats a token.",
     ]
-    for name, run in runs.items():
+    for name, some in runs.items():
         own, batch, _, rate = SETTINGS[name]
         keys = ", ".join(f"{key} {value:g}" for key, value in own.items())
         lines += [
@@ -210,11 +212,14 @@ def page(runs: dict[str, Run], held: int, command: str) -> str:
             f"## {name}",
             "",
             f"{keys}, batch_size {batch}, lr {rate:g}; other keys as by default. Mean reward of "
-            "each iteration's samples: " + ", ".join(f"{value:.2f}" for value in run.curve) + ".",
-            "",
-            "Samples of the last iteration:",
+            "each iteration's samples:",
             "",
         ]
+        for seed, run in some.items():
+            curve = ", ".join(f"{value:.2f}" for value in run.curve)
+            lines.append(f"- seed {seed}: {curve}")
+        first, run = next(iter(some.items()))
+        lines += ["", f"Samples of the last iteration of seed {first}:", ""]
         for prompt, text, reward in run.examples:
             lines.append(f"- {prompt} **{text.strip()}** (reward {reward:g})")
     return "\n".join(lines) + "\n"
@@ -236,22 +241,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     texts, runs = openings(model), {}
+    seeds = SEEDS[:1] if options.quick else SEEDS
     held = texts[: 8 if options.quick else HELD]
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         files = scratch / "train.jsonl", scratch / "held.jsonl"
         for path, some in zip(files, (texts[HELD:], held), strict=True):
             path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in some))
-        for name in options.objectives.split(","):
-            kept = None if options.keep is None else options.keep / f"{name}.json"
+        for name, seed in itertools.product(options.objectives.split(","), seeds):
+            kept = None if options.keep is None else options.keep / f"{name}_{seed}.json"
             if kept is None or not kept.exists():
-                runs[name] = train_and_measure(name, files, scratch, options.quick)
+                config = config_of(name, seed, files, options.quick)
+                run = train_and_measure(config, scratch / f"{name}_{seed}")
             else:
-                runs[name] = Run(**json.loads(kept.read_text()))
+                run = Run(**json.loads(kept.read_text()))
             if kept is not None:
                 kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(dataclasses.asdict(runs[name])))
-            print(name, runs[name], flush=True)
+                kept.write_text(json.dumps(dataclasses.asdict(run)))
+            runs.setdefault(name, {})[seed] = run
+            print(name, seed, run, flush=True)
     command = "python -m benchmarks.results_rl" + (" --quick" if options.quick else "")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page(runs, len(held), command))
