@@ -192,7 +192,7 @@ READING = (
     "- WiSE-FT and the merges cost no training. They come afterwards: what the task needs shrinks"
     " with the rest.\n"
     "- O-LoRA is not among these: it keeps what an earlier LoRA run learned, not what the base"
-    " knows.\n",
+    " knows. [Its curve](forgetting_sequence.md) is that of one task after another.\n",
 )
 
 
