@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,10 +133,7 @@ def exact_loss(o: Any) -> bool:
 
 def check_exact(config: Any, parts: Parts) -> None:
     """Raises RequestError if the loss needs a reference that the step does not have."""
-    # A value head has no part in the logits.
-    model = dataclasses.replace(parts.config, score_head=False)
-    written = dataclasses.replace(parts, config=model)
-    if exact_loss(config.objective) and not adapters_off(written, config.peft.get("init_from")):
+    if exact_loss(config.objective) and not adapters_off(parts, config.peft.get("init_from")):
         raise RequestError(
             "'exact' in the loss needs the base as reference, and this run starts from another "
             "policy or trains the base's own weights; use k1, k2 or k3, or objective.kl_in=reward",

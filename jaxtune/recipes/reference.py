@@ -8,6 +8,7 @@ same compiled step. Otherwise the log-probabilities of the start are a column of
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,14 +37,16 @@ class WrongReference(RuntimeError):
 def adapters_off(parts: Parts, init_from: str | None) -> bool:
     """Tells whether the start of a run is its base without what the method adds.
 
+    A value head, which is trained beside a policy, has no part in what the policy says.
+
     Args:
         parts: the model.
         init_from: adapter directory that training starts from, or None.
     """
     if init_from is not None or not parts.method.starts_as_base:
         return False
-    kinds = flatten(parts.labels)
-    return all(kinds[path] == FROZEN for path in flatten(abstract_params(parts.config, BASE)))
+    kinds, model = flatten(parts.labels), dataclasses.replace(parts.config, score_head=False)
+    return all(kinds[path] == FROZEN for path in flatten(abstract_params(model, BASE)))
 
 
 def needs_column(objective: Objective, config: Any, parts: Parts) -> bool:

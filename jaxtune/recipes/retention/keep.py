@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,6 @@ from jaxtune.core.errors import RequestError
 from jaxtune.core.tree import Tree
 from jaxtune.core.weighted import Weighted
 from jaxtune.models import decoder
-from jaxtune.models.config import ModelConfig
 from jaxtune.objectives.distill import distillation_loss, forward_kl, token_divergences
 from jaxtune.parallel.sequence import balanced, sequence_shards
 from jaxtune.recipes.assemble import Parts
@@ -37,7 +35,7 @@ def keep_of(config: Any, parts: Parts, shards: int, key: str = "kl") -> Keep | N
 
     Args:
         config: resolved.
-        parts: the model. A score head beside its logits, as PPO's, has no say in them.
+        parts: the model.
         shards: over how many devices the rows of a batch are spread.
         key: of `retention`, the strength.
 
@@ -47,8 +45,7 @@ def keep_of(config: Any, parts: Parts, shards: int, key: str = "kl") -> Keep | N
     strength = config.retention[key]
     if not strength:
         return None
-    bare = dataclasses.replace(parts, config=without_score(parts.config))
-    if not adapters_off(bare, config.peft.get("init_from")):
+    if not adapters_off(parts, config.peft.get("init_from")):
         other = "retention.replay" if key == REPLAY_KL else "retention.l2sp or retention.ewc"
         raise RequestError(
             "needs a base that stays as it was beside what is trained, such as that of "
@@ -64,11 +61,6 @@ def keep_of(config: Any, parts: Parts, shards: int, key: str = "kl") -> Keep | N
         return distillation_loss(apart, found.batch["loss_mask"], strength * temperature**2)
 
     return keep
-
-
-def without_score(config: ModelConfig) -> ModelConfig:
-    """Returns the config of the language model alone."""
-    return dataclasses.replace(config, score_head=False)
 
 
 def from_base(
@@ -91,14 +83,14 @@ def from_base(
         key: dropout key, or None.
         temperature: divides both models' logits.
     """
-    model, bare = parts.config, without_score(parts.config)
-    base = jax.lax.stop_gradient(base_of(bare, params))
+    model = parts.config
+    base = jax.lax.stop_gradient(base_of(model, params))
     inputs = balanced({name: batch[name] for name in INPUTS if name in batch})
-    hidden = predicting_states(bare, BASE, base, inputs).states
+    hidden = predicting_states(model, BASE, base, inputs).states
     return token_divergences(
         forward_kl,
         (functools.partial(decoder.logits, model, parts.method, params, key=key), found.hidden),
-        (functools.partial(decoder.logits, bare, BASE, base), hidden),
+        (functools.partial(decoder.logits, model, BASE, base), hidden),
         model.vocab_size,
         temperature=temperature,
         shards=shards,
