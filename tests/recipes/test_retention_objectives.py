@@ -14,11 +14,11 @@ from tests.correctness.tiny_runs import arrays, rows
 from tests.rl import tiny
 
 pytestmark = pytest.mark.slow
-OLD = {"dpo": "w1 w3 w5 w7 w9", "grpo": "abc cba"}
+OLD = {"dpo": "w1 w3 w5 w7 w9", "grpo": "abc cba", "ppo": "abc cba"}
 
 
 def config_of(name: str, directory: Path) -> dict:
-    config = {"dpo": pair_runs.pair_config, "grpo": tiny.run_config}[name](directory)
+    config = pair_runs.pair_config(directory) if name == "dpo" else tiny.run_config(directory, name)
     old = directory / "old.jsonl"
     old.write_text(json.dumps({"text": OLD[name]}) + "\n")
     config["retention"] = {
